@@ -1,0 +1,26 @@
+"""Alignment algorithms for `vdm_env`, and what runs and evaluates them.
+
+`run` and `Evaluator` are here at once, the algorithms when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from algos.evaluate import Evaluator
+from algos.run import run  # from here on `algos.run` is the function; `from algos.run import ...` still finds the module
+
+if TYPE_CHECKING:
+    from algos.ddpo import DDPO, DDPOConfig
+    from algos.vader import VADER, VADERConfig
+
+_HOME = {"DDPO": "algos.ddpo", "DDPOConfig": "algos.ddpo", "VADER": "algos.vader", "VADERConfig": "algos.vader"}
+
+__all__ = ["DDPO", "DDPOConfig", "VADER", "VADERConfig", "Evaluator", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'algos' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,246 @@
+"""DDPO: PPO over denoising steps (Black et al. 2023, arXiv:2305.13301; the importance-sampled variant DDPO-IS).
+
+    L = mean over videos and noisy steps k of max(-A r_k, -A clip(r_k, 1 - c, 1 + c))
+    r_k = pi_theta(a_k | x_k, t_k, prompt) / pi_old(a_k | x_k, t_k, prompt),   A = normalised reward of the finished video
+
+Only scores are needed, no gradients of the reward. Log-probabilities are means over latent elements, as in the released
+code; clip_range is to be read with that (see `algos.losses`). Deterministic steps have no density and are left out.
+
+Deviation: a forward pass holds videos of ONE denoising step, in the batches they were sampled in, where the released code
+shuffles timesteps for each video. Gradients are accumulated over all timesteps, so their sum is the same, and the ratio is
+exactly 1 before the first update, on any device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from algos.advantages import PerPromptTracker, batch_advantages, clip_advantages, group_advantages
+from algos.losses import clipped_surrogate, kl_penalty
+from algos.rollout import Rollout, collect, rows
+from algos.training import check_positive, draw_seed, num_batches, optimiser_step, reward_metrics
+
+Statistic = Literal["per_prompt", "group", "batch"]
+Entry = tuple[Rollout, Tensor, int]
+"""A rollout, its videos' advantages [B] and one denoising step: one unit of work."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DDPOConfig:
+    """Defaults: the released code's base and compressibility settings (there on 8 devices)."""
+
+    learning_rate: float = 3e-4
+    """of AdamW, constant"""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """of AdamW"""
+    weight_decay: float = 1e-4
+    """of AdamW"""
+    eps: float = 1e-8
+    """of AdamW"""
+    max_grad_norm: float = 1.0
+    """L2 norm the gradient is clipped to"""
+    clip_range: float = 1e-4
+    """c, on the exponential of the difference of mean log-probabilities"""
+    adv_clip_max: float = 5.0
+    """advantages are clipped to this magnitude"""
+    advantage: Statistic = "per_prompt"
+    """rewards are normalised by the prompt's latest ("per_prompt"), by the env's "group", or by the "batch" """
+    tracker_buffer_size: int = 16
+    """latest rewards kept per prompt"""
+    tracker_min_count: int = 16
+    """below this count a prompt is normalised by the batch"""
+    videos_per_rollout: int = 256
+    """videos sampled before the policy changes; a multiple of env.num_envs"""
+    updates_per_rollout: int = 4
+    """parts the rollout's batches are dealt into; each part makes one optimiser step (one per timestep if not accumulating)"""
+    accumulate_timesteps: bool = True
+    """gradients of all a part's timesteps make one optimiser step; False: one optimiser step per timestep"""
+    num_inner_epochs: int = 1
+    """passes over a rollout"""
+    timestep_fraction: float = 1.0
+    """fraction of the noisy steps that is trained on, drawn anew for each part"""
+    kl_coefficient: float = 0.0
+    """beta of the KL to the reference, a mean over elements, per denoising step; 0 saves the reference's forward pass"""
+    micro_batch: int | None = None
+    """videos per backward pass, the knob for memory; None: env.num_envs (other sizes leave r = 1 to rounding only)"""
+    seed: int = 0
+    """of the algorithm's own generator: prompts, noise and shuffling"""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "learning_rate", "eps", "max_grad_norm", "clip_range", "adv_clip_max", "videos_per_rollout")
+        check_positive(self, "updates_per_rollout", "num_inner_epochs", "timestep_fraction")
+        if self.advantage not in get_args(Statistic):
+            raise ValueError(f"DDPOConfig.advantage is {self.advantage!r}, expected one of {', '.join(get_args(Statistic))}")
+        if self.timestep_fraction > 1 or self.clip_range >= 1:
+            raise ValueError(
+                f"DDPOConfig: timestep_fraction={self.timestep_fraction} must be <= 1 and clip_range={self.clip_range} < 1"
+            )
+        if self.weight_decay < 0 or self.kl_coefficient < 0:
+            raise ValueError(
+                f"DDPOConfig: weight_decay={self.weight_decay} and kl_coefficient={self.kl_coefficient} must not be negative"
+            )
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(f"DDPOConfig.micro_batch is {self.micro_batch}, expected >= 1, or None for env.num_envs")
+
+    @classmethod
+    def preset(cls, model: str) -> DDPOConfig:
+        """Settings found for a model by name; "MovingShapes" wants an env with group_size=8.
+
+        Raises:
+            ValueError: there are none for this model.
+        """
+        presets = {"MovingShapes": cls(videos_per_rollout=64, updates_per_rollout=1, advantage="group")}
+        if model not in presets:
+            raise ValueError(f"no DDPO preset for {model!r}, only for {', '.join(presets)}; write DDPOConfig(...)")
+        return presets[model]
+
+
+class DDPO:
+    """Policy gradient over an env's noisy denoising steps.
+
+    Args:
+        env: vector env with at least one step with noise.
+        policy: from `env.make_policy`; its trainable parameters are the ones that move.
+        config: see `DDPOConfig`.
+
+    Raises:
+        ValueError: an env without noise, without groups where advantages are relative to groups, or whose batch does not divide
+            the rollout as asked.
+    """
+
+    def __init__(self, env: Any, policy: Any, config: DDPOConfig) -> None:
+        self.steps = env.mdp.table.stochastic.nonzero().flatten().tolist()
+        if not self.steps:
+            raise ValueError(
+                f"DDPO learns from the sampler's noise, and {env.mdp.table.name!r} at this noise level has none; make the env with "
+                f"noise_level > 0 (and a sampler that has noise), or use VADER, which needs none"
+            )
+        if config.advantage == "group" and env.group_size < 2:
+            raise ValueError(
+                f"advantage='group' compares videos of one prompt, but the env has group_size={env.group_size}; "
+                f"make it with group_size=8, or set advantage='per_prompt' or 'batch'"
+            )
+        if config.videos_per_rollout < 2:
+            raise ValueError("videos_per_rollout is 1: one reward has no spread to be normalised by; sample at least 2")
+        self.env, self.policy, self.config = env, policy, config
+        self.batches = num_batches(config.videos_per_rollout, env, "videos_per_rollout")
+        if self.batches % config.updates_per_rollout:
+            raise ValueError(
+                f"updates_per_rollout is {config.updates_per_rollout}, expected a divisor of the rollout's {self.batches} batches "
+                f"(videos_per_rollout={config.videos_per_rollout} / num_envs={env.num_envs}); change one of the three"
+            )
+        self.parameters = policy.trainable_parameters()
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=config.learning_rate,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
+        self.tracker = PerPromptTracker(config.tracker_buffer_size, config.tracker_min_count)
+        self.generator = torch.Generator().manual_seed(config.seed)
+
+    def update(self) -> dict[str, float]:
+        """Samples a rollout and learns from it.
+
+        Returns:
+            reward_mean, reward_std, reward_group_std_mean, zero_std_fraction; over all (video, step) pairs trained on, before
+            each pair's optimiser step: loss, ratio_mean, ratio_std, clip_fraction_low, clip_fraction_high, kl_old_nats
+            (second-order estimate from the log-ratios, summed over noisy steps); ratio_first_error = max |r - 1| of the first
+            micro-batch, 0 unless rollout and update disagree; grad_norm (mean over optimiser steps, before clipping),
+            learning_rate, optimiser_steps.
+
+        Raises:
+            FloatingPointError: the gradient is not finite; this optimiser step was not taken.
+        """
+        c = self.config
+        rollouts = [collect(self.env, self.policy, seed=draw_seed(self.generator)) for _ in range(self.batches)]
+        reward = torch.cat([rollout.reward for rollout in rollouts])
+        advantages = self._advantages(reward, torch.cat([r.prompt_id for r in rollouts])).chunk(self.batches)
+        seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        norms = []
+        for _ in range(c.num_inner_epochs):
+            order = torch.randperm(self.batches, generator=self.generator).chunk(c.updates_per_rollout)
+            for part in order:
+                for steps in self._deal_steps():
+                    entries = [(rollouts[i], advantages[i], k) for i in part.tolist() for k in steps]
+                    seen += self._accumulate(entries)
+                    norms.append(optimiser_step(self.optimizer, self.parameters, c.max_grad_norm))
+        return {
+            **reward_metrics(reward, self.env.group_size),
+            **self._ratio_metrics(seen),
+            "grad_norm": float(torch.stack(norms).mean()),
+            "learning_rate": c.learning_rate,
+            "optimiser_steps": float(len(norms)),
+        }
+
+    def _advantages(self, reward: Tensor, prompt_id: Tensor) -> Tensor:
+        c = self.config
+        if c.advantage == "per_prompt":
+            advantage = self.tracker.update(prompt_id.tolist(), reward)
+        elif c.advantage == "group":
+            advantage = group_advantages(reward, self.env.group_size)
+        else:
+            advantage = batch_advantages(reward)
+        return clip_advantages(advantage, c.adv_clip_max)
+
+    def _deal_steps(self) -> list[list[int]]:
+        """The denoising steps of each optimiser step, in random order."""
+        count = max(1, int(self.config.timestep_fraction * len(self.steps)))
+        order = torch.randperm(len(self.steps), generator=self.generator)[:count]
+        steps = [self.steps[i] for i in order.tolist()]
+        return [steps] if self.config.accumulate_timesteps else [[k] for k in steps]
+
+    def _accumulate(self, entries: list[Entry]) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Adds the gradient of the mean loss over the entries' videos; one graph is alive at a time.
+
+        Returns:
+            Per micro-batch: log_prob, log_prob_old, advantage [b] and the loss times b, detached.
+        """
+        c, width = self.config, self.config.micro_batch or self.env.num_envs
+        total = len(entries) * self.env.num_envs
+        seen = []
+        for rollout, advantage, k in entries:
+            for start in range(0, self.env.num_envs, width):
+                stop = min(start + width, self.env.num_envs)
+                obs, action, log_prob_old = rows(rollout, k, start, stop)
+                dist = self.policy.dist(obs)
+                log_prob = dist.log_prob(action)
+                loss, _ = clipped_surrogate(log_prob, log_prob_old, advantage[start:stop], c.clip_range)
+                if c.kl_coefficient:
+                    with torch.no_grad(), self.policy.reference():
+                        reference = self.policy.dist(obs)
+                    loss = loss + kl_penalty(dist.kl(reference, reduction="mean"), c.kl_coefficient)
+                share = loss * (stop - start)
+                (share / total).backward()
+                seen.append((log_prob.detach(), log_prob_old, advantage[start:stop], share.detach()))
+        return seen
+
+    def _ratio_metrics(self, seen: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> dict[str, float]:
+        first = (seen[0][0] - seen[0][1]).exp()
+        log_prob, log_prob_old, advantage = (torch.cat([row[i] for row in seen]) for i in range(3))
+        _, metrics = clipped_surrogate(log_prob, log_prob_old, advantage, self.config.clip_range)
+        values = {name: float(value) for name, value in metrics.items()}
+        elements = self.env.mdp.latent_shape
+        # 0.5 E[(sum log r)^2] = KL to second order; the log-ratios here are means over the elements
+        nats = values.pop("approx_kl") * torch.Size(elements).numel() ** 2 * len(self.steps)
+        loss = float(torch.stack([row[3] for row in seen]).sum()) / len(log_prob)
+        return {**values, "kl_old_nats": nats, "loss": loss, "ratio_first_error": float((first - 1).abs().max())}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimiser, generator and per-prompt statistics; the policy's weights are saved with the policy."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "tracker": self.tracker.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues exactly where `state_dict()` was taken, given the policy's weights of that moment."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"].cpu())
+        self.tracker.load_state_dict(state["tracker"])

@@ -1,0 +1,198 @@
+"""What a training run has cost so far: seconds per phase, device-seconds, counts and memory.
+
+The budget of every comparison is `device_s`: seconds in which the device was held for rollout, decoding, reward and
+update. Set-up, evaluation and checkpoints are timed too, but apart, so that anyone may add them back.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+COUNTS = ("videos_sampled", "reward_queries", "reward_backward_queries", "denoiser_forwards", "denoiser_backwards")
+"""Counters of the environment, cumulative over training only: what evaluation adds is left out."""
+
+PHASES = ("setup", "train", "eval", "checkpoint")
+
+METRICS = (
+    "reward_mean",
+    "reward_std",
+    "reward_group_std_mean",
+    "zero_std_fraction",
+    "kl_ref_nats",
+    "kl_old_nats",
+    "ratio_mean",
+    "ratio_std",
+    "clip_fraction_low",
+    "clip_fraction_high",
+    "loss",
+    "grad_norm",
+    "learning_rate",
+)
+"""Metrics every row has; `null` where an algorithm does not report one. It may report others besides."""
+
+_TIMES = ("rollout_s", "decode_s", "reward_s", "update_s", "eval_s", "checkpoint_s", "setup_s", "wall_s", "device_s")
+_MEMORY = ("peak_allocated_gib", "peak_reserved_gib", "peak_rss_gib")
+RESERVED = frozenset(("update", "nan_values", *COUNTS, *_TIMES, *_MEMORY))
+_GIB = 2**30
+
+
+def finite(value: Any) -> float | int | None:
+    """A number for JSON: ints stay ints, one-element tensors become floats, NaN and infinities become None."""
+    if isinstance(value, bool | int):
+        return int(value)
+    number = float(value)
+    return number if abs(number) < float("inf") else None
+
+
+def _snapshot(counters: Any) -> dict[str, float]:
+    missing = [name for name in (*COUNTS, "decode_s", "reward_s") if not hasattr(counters, name)]
+    if missing:
+        raise TypeError(f"counters {type(counters).__name__} lack {', '.join(missing)}: give env.mdp.counters")
+    names = (*COUNTS, "decode_s", "reward_s", *(("rollout_s",) if hasattr(counters, "rollout_s") else ()))
+    return {name: getattr(counters, name) for name in names}
+
+
+@dataclass(kw_only=True)
+class Meter:
+    """Adds up phases and counters and turns them into rows of `train.jsonl`.
+
+    Use `with meter.phase("train"): algorithm.update()` around every update, `"eval"`, `"setup"` and `"checkpoint"`
+    around the rest. Counter changes outside `"train"` do not count: an evaluation on the same networks costs nothing.
+
+    Seconds of the train phase are split by the environment's own clocks: `decode_s` and `reward_s` from its counters;
+    `rollout_s` too where it keeps one (it must not contain the other two), otherwise `rollout_s` is null and its time
+    is part of `update_s`. Their sum times `num_devices` is always `device_s`.
+    """
+
+    counters: Any
+    """Live counters of the training environment (`env.mdp.counters`)."""
+    device: torch.device | str = "cpu"
+    """The device that is synchronised at the edges of a phase."""
+    num_devices: int = 1
+    """Devices held during training, those that only serve rewards included."""
+    clock: Callable[[], float] = time.perf_counter
+    """Seconds; replaced in tests."""
+    nan_values: int = 0
+    """Rewards and metrics that were NaN or infinite so far, written as null."""
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    totals: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.device = torch.device(self.device)
+        self.totals = {name: type(value)(0) for name, value in _snapshot(self.counters).items()} | self.totals
+        self._started = self.clock()
+        self._wall_before = 0.0
+
+    @property
+    def device_s(self) -> float:
+        """Device-seconds of training so far: what budgets are counted in."""
+        return self.seconds["train"] * self.num_devices
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds since the start, summed over resumes."""
+        return self._wall_before + self.clock() - self._started
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time of its body to a phase, also when the body raises.
+
+        Args:
+            name: "setup", "train", "eval" or "checkpoint".
+
+        Raises:
+            ValueError: another name.
+        """
+        if name not in PHASES:
+            raise ValueError(f"unknown phase {name!r}: expected one of {', '.join(PHASES)}")
+        before = _snapshot(self.counters)
+        self._synchronise()
+        start = self.clock()
+        try:
+            yield
+        finally:
+            self._synchronise()
+            self.seconds[name] += self.clock() - start
+            if name == "train":
+                for key, value in _snapshot(self.counters).items():
+                    self.totals[key] += value - before[key]
+
+    def row(self, update: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """One row of `train.jsonl`: cumulative costs, peak memory since the last row, and the metrics of an update.
+
+        Args:
+            update: optimiser updates so far.
+            metrics: what `algorithm.update()` returned; NaN and infinities become null and are counted.
+
+        Raises:
+            ValueError: a metric carries the name of one of the meter's own columns.
+        """
+        clash = sorted(RESERVED & metrics.keys())
+        if clash:
+            raise ValueError(f"update() returned {', '.join(clash)}: the meter writes these itself, rename or drop them")
+        values = {name: finite(value) for name, value in metrics.items()}
+        self.nan_values += sum(value is None for value in values.values())
+        return {
+            "update": update,
+            **{name: int(self.totals[name]) for name in COUNTS},
+            **self._times(),
+            **self._memory(),
+            "nan_values": self.nan_values,
+            **dict.fromkeys(METRICS),
+            **values,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything cumulative, as plain numbers."""
+        return {
+            "seconds": dict(self.seconds),
+            "totals": dict(self.totals),
+            "nan_values": self.nan_values,
+            "wall_s": self.wall_s,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from an earlier process's `state_dict()`."""
+        self.seconds = dict(state["seconds"])
+        self.totals = dict(state["totals"])
+        self.nan_values = int(state["nan_values"])
+        self._wall_before = float(state["wall_s"])
+        self._started = self.clock()
+
+    def _times(self) -> dict[str, float | None]:
+        rollout = self.totals.get("rollout_s")
+        named = self.totals["decode_s"] + self.totals["reward_s"] + (rollout or 0.0)
+        times = {
+            "rollout_s": rollout,
+            "decode_s": self.totals["decode_s"],
+            "reward_s": self.totals["reward_s"],
+            "update_s": self.seconds["train"] - named,
+            "eval_s": self.seconds["eval"],
+            "checkpoint_s": self.seconds["checkpoint"],
+            "setup_s": self.seconds["setup"],
+            "wall_s": self.wall_s,
+            "device_s": self.device_s,
+        }
+        return {name: None if value is None else round(value, 4) for name, value in times.items()}
+
+    def _memory(self) -> dict[str, float | None]:
+        # ru_maxrss is in KiB on Linux and in bytes on macOS.
+        peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        allocated = reserved = None
+        if torch.device(self.device).type == "cuda":
+            allocated = round(torch.cuda.max_memory_allocated(self.device) / _GIB, 4)
+            reserved = round(torch.cuda.max_memory_reserved(self.device) / _GIB, 4)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return dict(zip(_MEMORY, (allocated, reserved, round(peak_rss / _GIB, 4)), strict=True))
+
+    def _synchronise(self) -> None:
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.synchronize(self.device)

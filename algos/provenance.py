@@ -1,0 +1,65 @@
+"""With what a run was made: commit, versions and device, without the names of machines or people."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("numpy", "gymnasium", "diffusers", "transformers", "peft", "safetensors", "torchrl")
+
+
+def provenance(device: torch.device | str) -> dict[str, Any]:
+    """The part of `run.json` that the machine and the software determine; unknown values are None."""
+    device = torch.device(device)
+    commit = _git("rev-parse", "HEAD")
+    return {
+        "git_commit": commit,
+        "git_dirty": None if commit is None else bool(_git("status", "--porcelain")),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "device": device.type,
+        "gpu_name": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "cpu_name": _cpu_name(),
+        "cpu_threads": torch.get_num_threads(),
+        "num_gpus_policy": int(device.type == "cuda"),
+        "num_gpus_reward": 0,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "started_utc": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of git in this package's own repository, or None where there is none."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # installed: a repository further up would be somebody else's
+        return None
+    try:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str | None:
+    """The processor's model name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or None
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or None

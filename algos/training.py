@@ -1,0 +1,82 @@
+"""What several algorithms share besides their mathematics, as functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from algos.advantages import zero_std_fraction
+
+
+def num_batches(videos: int, env: Any, name: str) -> int:
+    """How many times the env has to be run for so many videos.
+
+    Args:
+        videos: asked for, >= 1.
+        env: has `num_envs`, the videos of one run.
+        name: of the config field, for the message.
+
+    Raises:
+        ValueError: not a positive multiple of `env.num_envs`.
+    """
+    if videos < 1 or videos % env.num_envs:
+        near = max(1, round(videos / env.num_envs)) * env.num_envs
+        raise ValueError(
+            f"{name} is {videos}, expected a positive multiple of the env's num_envs={env.num_envs}; "
+            f"set {name}={near}, or make the env with a num_envs that divides {videos}"
+        )
+    return videos // env.num_envs
+
+
+def draw_seed(generator: torch.Generator) -> int:
+    """A seed for `env.reset`, so that an algorithm's own generator decides prompts and noise, and a resumed run goes on alike."""
+    return int(torch.randint(2**31 - 1, (), generator=generator))
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Raises ValueError for the first of these config fields that is not > 0 (`nan` included)."""
+    for name in names:
+        value = getattr(config, name)
+        if not value > 0:
+            raise ValueError(f"{type(config).__name__}.{name} is {value}, expected a number > 0")
+
+
+def optimiser_step(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], max_grad_norm: float) -> Tensor:
+    """Clips the accumulated gradient, steps and clears it.
+
+    Args:
+        optimizer: over `parameters`.
+        parameters: with gradients.
+        max_grad_norm: > 0, bound on the L2 norm over all of them.
+
+    Returns:
+        The norm before clipping (a scalar).
+
+    Raises:
+        FloatingPointError: the gradient is NaN or infinite; the parameters are left as they were.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    if not torch.isfinite(norm):
+        optimizer.zero_grad(set_to_none=True)
+        raise FloatingPointError(
+            f"the gradient norm is {float(norm)}, expected a finite number; the parameters were not changed. "
+            f"Lower the learning rate, or look at the reward's gradient, and go on from the last checkpoint"
+        )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm.detach()
+
+
+def reward_metrics(reward: Tensor, group_size: int) -> dict[str, float]:
+    """Mean and spread of the training rewards [B]; groups of one count as one group of the whole batch."""
+    reward = reward.detach()
+    size = group_size if group_size > 1 else reward.numel()
+    return {
+        "reward_mean": float(reward.mean()),
+        "reward_std": float(reward.std(correction=0)),
+        "reward_group_std_mean": float(reward.reshape(-1, size).std(1, correction=0).mean()),
+        "zero_std_fraction": zero_std_fraction(reward, size),
+    }

@@ -1,0 +1,1 @@
+"""Head-to-head measurements of the algorithms, and their reports."""

@@ -1,0 +1,203 @@
+"""Figures: arrays in, matplotlib figures out. Needs numpy and matplotlib only, no torch."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
+import numpy as np  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+from benchmarks.aggregate import locf, t_band  # noqa: E402
+
+# Okabe and Ito's palette, which colour-blind people can tell apart. One algorithm has one colour in every figure.
+COLOURS = {"vader": "#0072B2", "ddpo": "#D55E00", "grpo": "#009E73", "dpo": "#CC79A7", "online_vpo": "#56B4E9"}
+_OTHERS = ("#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F3C8D", "#A5AA99")
+WIDE, NARROW = (7.2, 3.9), (3.7, 3.4)
+"""Figure sizes in inches: a page, and a telephone (the same font size, so that it stays readable)."""
+_STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.titlesize": 10,
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "savefig.bbox": "tight",
+    "savefig.pad_inches": 0.05,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """One algorithm's runs: each a pair of arrays (x [N], y [N])."""
+
+    algo: str
+    runs: Sequence[tuple[np.ndarray, np.ndarray]]
+
+
+def colour(algo: str) -> str:
+    """The algorithm's fixed colour; an algorithm of your own gets one by its name, the same in every figure."""
+    if algo in COLOURS:
+        return COLOURS[algo]
+    return _OTHERS[hashlib.sha256(algo.encode()).digest()[0] % len(_OTHERS)]
+
+
+def centre_and_band(line: Line, points: int = 200) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Grid, mean, low and high over a line's runs, up to the end of the shortest run."""
+    last = min(x[-1] for x, _ in line.runs)
+    first = max(x[0] for x, _ in line.runs)
+    # Every run's own evaluations are in the grid: a mean drawn on a coarse grid would show steps late.
+    own = np.concatenate([x for x, _ in line.runs])
+    grid = np.unique(np.append(np.linspace(first, last, points), own[(own >= first) & (own <= last)]))
+    return grid, *t_band([locf(x, y, grid) for x, y in line.runs])
+
+
+def curves(
+    lines: Sequence[Line],
+    *,
+    x_label: str,
+    y_label: str,
+    base: float | None = None,
+    log_x: bool = False,
+    size: tuple[float, float] = WIDE,
+) -> Figure:
+    """Reward against a cost: every run thin, the mean thick, a t-band from three runs on, the untrained model dashed.
+
+    One run alone is drawn through its evaluations, marked by dots: nothing is measured between them.
+    """
+    with plt.rc_context(_STYLE):
+        figure, axis = plt.subplots(figsize=size)
+        ends = []
+        for line in lines:
+            own = colour(line.algo)
+            many = len(line.runs) > 1
+            for x, y in line.runs:
+                axis.plot(x, y, color=own, lw=0.8 if many else 1.8, alpha=0.5 if many else 1, marker="o", ms=2 if many else 4)
+            if many:
+                grid, centre, low, high = centre_and_band(line)
+                axis.plot(grid, centre, color=own, lw=2.2, drawstyle="steps-post")
+                axis.fill_between(grid, low, high, color=own, alpha=0.18, lw=0, step="post")
+                ends.append((line.algo, grid[-1], centre[-1]))
+            else:
+                x, y = line.runs[0]
+                ends.append((line.algo, x[-1], y[-1]))
+        if base is not None:
+            axis.axhline(base, color="0.35", ls="--", lw=1)
+            axis.annotate("untrained model", (0.02, base), xycoords=("axes fraction", "data"), xytext=(0, 3),
+                          textcoords="offset points", color="0.35", fontsize=9)  # fmt: skip
+        if log_x:
+            # Evaluations before training cost nothing: a plain log axis would lose them.
+            positive = [value for line in lines for x, _ in line.runs for value in x if value > 0]
+            axis.set_xscale("symlog", linthresh=min(positive, default=1.0))
+            axis.set_xlim(left=0)
+        axis.set(xlabel=x_label, ylabel=y_label)
+        _label_ends(axis, ends)
+    return figure
+
+
+def plane(
+    lines: Sequence[Line], *, x_label: str, y_label: str, size: tuple[float, float] = WIDE
+) -> Figure:
+    """One reward against another in the course of training; an open circle marks the start, a filled one the end."""
+    with plt.rc_context(_STYLE):
+        figure, axis = plt.subplots(figsize=size)
+        ends = []
+        for line in lines:
+            own = colour(line.algo)
+            for x, y in line.runs:
+                axis.plot(x, y, color=own, lw=1.4, marker=".", ms=5)
+                axis.plot(x[:1], y[:1], color=own, marker="o", ms=8, mfc="white", ls="")
+                axis.plot(x[-1:], y[-1:], color=own, marker="o", ms=8, ls="")
+            x, y = line.runs[0]
+            ends.append((line.algo, x[-1], y[-1]))
+        axis.set(xlabel=x_label, ylabel=y_label)
+        _label_ends(axis, ends)
+    return figure
+
+
+def phases(costs: Mapping[str, Mapping[str, float]], *, size: tuple[float, float] = WIDE) -> Figure:
+    """Seconds per update by phase, {algorithm: {phase: seconds}}, as stacked horizontal bars."""
+    shades = ("#4C4C4C", "#7A7A7A", "#A8A8A8", "#D0D0D0")
+    with plt.rc_context(_STYLE):
+        figure, axis = plt.subplots(figsize=(size[0], 1.2 + 0.45 * len(costs)))
+        names = sorted({phase for parts in costs.values() for phase in parts})
+        left = np.zeros(len(costs))
+        for index, phase in enumerate(names):
+            widths = np.array([parts.get(phase, 0.0) for parts in costs.values()])
+            axis.barh(list(costs), widths, left=left, color=shades[index % len(shades)], label=phase, height=0.6)
+            left += widths
+        axis.grid(axis="y", visible=False)
+        axis.invert_yaxis()
+        axis.set_xlabel("seconds per update")
+        axis.legend(ncols=len(names), frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0)
+    return figure
+
+
+def strip(rows: Sequence[tuple[str, np.ndarray]], *, title: str = "", frames: int = 8) -> Figure:
+    """Frames of videos, one labelled row for each: (label, uint8 [F, H, W, 3])."""
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(len(rows), 1, figsize=(7.2, 0.95 * len(rows) + 0.2), squeeze=False)
+        for axis, (label, video) in zip(axes[:, 0], rows, strict=True):
+            chosen = video[np.linspace(0, len(video) - 1, min(frames, len(video))).round().astype(int)]
+            gap = np.full((chosen.shape[1], 1, 3), 255, np.uint8)
+            pieces = [piece for frame in chosen for piece in (frame, gap)][:-1]
+            axis.imshow(np.concatenate(pieces, 1), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.grid(visible=False)
+            axis.spines[:].set_visible(False)
+            axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+        if title:
+            figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def _label_ends(axis: plt.Axes, ends: Sequence[tuple[str, float, float]]) -> None:
+    """Writes each algorithm's name at the end of its line, moved apart where two would overlap."""
+    axis.margins(x=0.02)
+    figure = axis.figure
+    figure.canvas.draw()
+    known = [(algo, x, y) for algo, x, y in ends if np.isfinite(y)]
+    known.sort(key=lambda end: axis.transData.transform((end[1], end[2]))[1])
+    lowest = -np.inf
+    spacing = 13 * figure.dpi / 72  # a line of text, in pixels
+    for algo, x, y in known:
+        at = axis.transData.transform((x, y))[1]
+        wanted = max(at, lowest + spacing)
+        lowest = wanted
+        axis.annotate(algo, (x, y), xytext=(9, (wanted - at) * 72 / figure.dpi), textcoords="offset points",
+                      color=colour(algo), fontweight="bold", va="center", annotation_clip=False)  # fmt: skip
+
+
+def svg_text(figure: Figure, name: str) -> str:
+    """The figure as an <svg> element for a page: no prologue, no metadata, ids that differ from other figures'."""
+    buffer = io.StringIO()
+    with plt.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = text[text.index("<svg") :]
+    # The ids of matplotlib's groups ("figure_1", "axes_1") are the same in every figure of a page.
+    return re.sub(r'<g id="[A-Za-z]\w*_\d+">', "<g>", text)
+
+
+def save(figure: Figure, stem: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Writes <stem>.svg, <stem>.png and, with the numbers behind the figure, <stem>.csv."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    with plt.rc_context({**_STYLE, "svg.hashsalt": stem.name}):
+        figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
+        figure.savefig(stem.with_suffix(".png"), dpi=150)
+    with stem.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)

@@ -1,0 +1,208 @@
+"""Rewards against the outputs and pixel gradients of the programs they come from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vdm_env.rewards.action import KINETICS_PHRASES, ActionReward
+from vdm_env.rewards.aesthetic import AestheticHead, AestheticReward, head_from, l1_to_target
+from vdm_env.rewards.analytic import JPEGCompressibilityReward
+from vdm_env.rewards.clip import OpenClipBackbone, TransformersClipBackbone, hps, pick_score
+from vdm_env.rewards.combine import Part, WeightedSum
+from vdm_env.rewards.preprocess import CLIP_MEAN, CLIP_STD, hpsv2_pad, normalise, vader_squash
+
+pytestmark = pytest.mark.golden
+Golden = Callable[[str], Path]
+
+
+def _close_gradient(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=1e-7, rtol=1e-3)
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v.float() for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _cases(tensors: dict[str, Tensor]) -> list[str]:
+    return sorted(k.removesuffix(".frames") for k in tensors if k.endswith(".frames"))
+
+
+def _decoder_frames(frames: Tensor) -> Tensor:
+    """Frames [-1,1] of a decoder as a leaf that takes gradients."""
+    return frames.float().requires_grad_(True)
+
+
+def _as_videos(frames: Tensor) -> Tensor:
+    """Each frame of [N,3,H,W] in about [-1,1] as a video of one frame in [0,1]."""
+    return (frames / 2 + 0.5).clamp(0, 1)[:, None]
+
+
+def _transformers_clip(folder: Path, tensors: dict[str, Tensor]) -> TransformersClipBackbone:
+    """Prompt "i" stands for row i of the stored tokens."""
+    from transformers import CLIPConfig, CLIPModel
+
+    model = CLIPModel(CLIPConfig(**json.loads((folder / "config.json").read_text())))
+    model.load_state_dict(_under(tensors, "clip."), strict=True)
+
+    def tokens(texts: list[str]) -> dict[str, Tensor]:
+        rows = [int(t) for t in texts]
+        return {key: tensors[key][rows] for key in ("input_ids", "attention_mask")}
+
+    return TransformersClipBackbone(model.eval().requires_grad_(False), tokens)
+
+
+def _open_clip(folder: Path, tensors: dict[str, Tensor]) -> OpenClipBackbone:
+    from open_clip.model import CLIP
+
+    model = CLIP(**json.loads((folder / "config.json").read_text()))
+    model.load_state_dict(_under(tensors, "openclip."), strict=True)
+    return OpenClipBackbone(model.eval().requires_grad_(False), lambda texts: tensors["tokens"][[int(t) for t in texts]])
+
+
+def _prompts(n: int) -> list[str]:
+    return [str(i) for i in range(n)]
+
+
+def test_hpsv2(golden_folder: Golden) -> None:
+    folder = golden_folder("rewards_hpsv2")
+    tensors = load_file(folder / "fixture.safetensors")
+    reward = hps(_open_clip(folder, tensors))
+    for case in _cases(tensors):
+        frames = _decoder_frames(tensors[f"{case}.frames"])
+        scores = reward(_as_videos(frames), _prompts(len(frames)))
+        loss = (1 - scores).mean()
+        suffix = "" if f"{case}.score" in tensors else "_modelscope"
+        torch.testing.assert_close(scores.mean(), tensors[f"{case}.score{suffix}"], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(loss, tensors[f"{case}.loss{suffix}"], rtol=1e-5, atol=0)
+        if f"{case}.grad" in tensors:
+            _close_gradient(torch.autograd.grad(loss, frames)[0], tensors[f"{case}.grad"])
+
+
+def test_hpsv2_official_scorer(golden_folder: Golden) -> None:
+    folder = golden_folder("rewards_hpsv2")
+    tensors = load_file(folder / "fixture.safetensors")
+    backbone = _open_clip(folder, tensors)
+    image = tensors["official.image_uint8_chw"][None].float() / 255
+    pixels = normalise(hpsv2_pad(image, backbone.side), CLIP_MEAN, CLIP_STD)
+    sample = tensors["official.preprocessed_every_14th_pixel"]
+    stride = backbone.side // sample.shape[-1]
+    torch.testing.assert_close(pixels[..., ::stride, ::stride], sample, rtol=1e-5, atol=1e-5)
+    score = hps(backbone, preprocess=hpsv2_pad)(image[:, None], ["0"])
+    torch.testing.assert_close(score, tensors["official.score"], rtol=1e-5, atol=1e-6)
+    assert backbone.logit_scale == pytest.approx(float(tensors["official.logit_scale_exp"]), rel=1e-5)
+
+
+def test_pick_score(golden_folder: Golden) -> None:
+    folder = golden_folder("rewards_vader_pickscore")
+    tensors = load_file(folder / "fixture.safetensors")
+    reward = pick_score(_transformers_clip(folder, tensors))
+    for case in _cases(tensors):
+        frames = _decoder_frames(tensors[f"{case}.frames"])
+        # The original compares every image with the first prompt.
+        scores = reward(_as_videos(frames), ["0"] * len(frames))
+        loss = (1 - scores / 100).abs().mean()
+        torch.testing.assert_close(scores.mean(), tensors[f"{case}.score"], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(loss, tensors[f"{case}.loss"], rtol=1e-5, atol=0)
+        _close_gradient(torch.autograd.grad(loss, frames)[0], tensors[f"{case}.grad"])
+        if f"{case}.full_logits_text_by_image" in tensors:
+            own = reward(_as_videos(frames), _prompts(len(frames)))
+            expected = tensors[f"{case}.full_logits_text_by_image"].diagonal()
+            torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-5, check_stride=False)
+
+
+def test_laion_head(golden_folder: Golden) -> None:
+    folder = golden_folder("rewards_laion_mlp")
+    tensors = load_file(folder / "fixture.safetensors")
+    head = head_from(_under(tensors, "mlp."), folder).eval()
+    raw = tensors["raw_embedding"].clone().requires_grad_(True)
+    unit = torch.nn.functional.normalize(raw, dim=-1)
+    torch.testing.assert_close(unit, tensors["normalized_embedding"], rtol=1e-5, atol=1e-6)
+    score = head(unit)
+    torch.testing.assert_close(score, tensors["score"][:, 0], atol=2e-6, rtol=1e-5)
+    (gradient,) = torch.autograd.grad(score.sum(), raw)
+    torch.testing.assert_close(gradient, tensors["grad_sum_wrt_raw_embedding"], atol=1e-6, rtol=1e-5)
+    weight, bias = head.affine()
+    torch.testing.assert_close((unit.double() @ weight + bias).float(), tensors["score"][:, 0], atol=2e-6, rtol=1e-5)
+
+
+def _aesthetic(folder: Path, tensors: dict[str, Tensor]) -> AestheticReward:
+    head: AestheticHead = head_from(_under(tensors, "mlp."), folder)
+    return AestheticReward(_transformers_clip(folder, tensors), head.requires_grad_(False))
+
+
+def test_vader_aesthetic(golden_folder: Golden) -> None:
+    folder = golden_folder("rewards_vader_aesthetic")
+    tensors = load_file(folder / "fixture.safetensors")
+    reward = _aesthetic(folder, tensors)
+    for case in _cases(tensors):
+        frames = _decoder_frames(tensors[f"{case}.frames"])
+        scores = reward(_as_videos(frames), _prompts(len(frames)))
+        loss = l1_to_target(scores)
+        torch.testing.assert_close(scores.mean(), tensors[f"{case}.reward"], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(loss, tensors[f"{case}.loss"], rtol=1e-5, atol=0)
+        _close_gradient(torch.autograd.grad(loss, frames)[0], tensors[f"{case}.grad"])
+        if f"{case}.score_per_frame" in tensors:
+            torch.testing.assert_close(scores, tensors[f"{case}.score_per_frame"], rtol=1e-5, atol=1e-6)
+        if f"{case}.loss_target_none_scale1" in tensors:
+            plain = l1_to_target(scores, target=None, scale=1.0)
+            torch.testing.assert_close(plain, tensors[f"{case}.loss_target_none_scale1"], rtol=1e-5, atol=1e-6)
+        if f"{case}.preprocessed_sample_8x8" in tensors:
+            side = reward.backbone.side
+            pixels = normalise(vader_squash(_as_videos(frames)[:, 0], side), CLIP_MEAN, CLIP_STD)
+            sample = tensors[f"{case}.preprocessed_sample_8x8"]
+            stride = side // sample.shape[-1]
+            torch.testing.assert_close(pixels[..., ::stride, ::stride].detach(), sample, rtol=1e-5, atol=1e-5)
+
+
+def test_vader_action(golden_folder: Golden) -> None:
+    from transformers import VideoMAEConfig, VideoMAEForVideoClassification
+
+    folder = golden_folder("rewards_vader_actpred")
+    tensors = load_file(folder / "fixture.safetensors")
+    model = VideoMAEForVideoClassification(VideoMAEConfig(**json.loads((folder / "config.json").read_text())))
+    model.load_state_dict(_under(tensors, "videomae."), strict=True)
+    classes = {int(k): v for k, v in model.config.id2label.items()}
+    phrases = {k: v for k, v in KINETICS_PHRASES.items() if v in classes.values()}
+    reward = ActionReward(model.eval().requires_grad_(False), phrases=phrases, score="log_probability")
+    short = {label: phrase for phrase, label in phrases.items()}
+    for key in sorted(k.removesuffix(".loss") for k in tensors if k.endswith(".loss")):
+        label = classes[int(key.removeprefix("label"))]
+        for prompt in (label, f"Someone busy with {short[label]} on a rainy day"):
+            frames = _decoder_frames(tensors["frames"])
+            video = (frames / 2 + 0.5).clamp(0, 1)[None]
+            torch.testing.assert_close(reward.logits(video), tensors["logits"], rtol=1e-5, atol=1e-6)
+            score = reward(video, [prompt])
+            torch.testing.assert_close(-score[0], tensors[f"{key}.loss"].reshape(()), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(score.exp()[0], tensors[f"{key}.score"].reshape(()), rtol=1e-5, atol=1e-6)
+            _close_gradient(torch.autograd.grad(-score[0], frames)[0], tensors[f"{key}.grad"])
+
+
+def test_jpeg(golden_folder: Golden) -> None:
+    tensors = load_file(golden_folder("rewards_jpeg") / "fixture.safetensors")
+    images = tensors["images"].float()[:, None]
+    prompts = _prompts(len(images))
+    for sign, key in ((-1, "compressibility"), (1, "incompressibility")):
+        scores = JPEGCompressibilityReward(sign=sign)(images, prompts)
+        torch.testing.assert_close(scores.double(), tensors[key], rtol=0.01, atol=0)
+
+
+def test_vader_aesthetic_and_hps(golden_folder: Golden) -> None:
+    tensors = load_file(golden_folder("rewards_vader_aesthetic_hps") / "fixture.safetensors")
+    parts = [golden_folder(name) for name in ("rewards_vader_aesthetic", "rewards_hpsv2")]
+    first, second = (load_file(f / "fixture.safetensors") for f in parts)
+    reward = WeightedSum(
+        [
+            Part(reward=_aesthetic(parts[0], first), weight=1 / 2),
+            Part(reward=hps(_open_clip(parts[1], second)), weight=15 / 2),
+        ]
+    )
+    frames = _decoder_frames(tensors["frames"])
+    scores = reward(_as_videos(frames), _prompts(len(frames)))
+    torch.testing.assert_close(scores.mean(), tensors["reward"], rtol=1e-5, atol=1e-6)

@@ -1,0 +1,214 @@
+"""The denoising process as a Markov decision process: model + transition table + prompts + reward.
+
+State (x_k, t_k, prompt), action = what the network emits, transition x_{k+1} = A_k x_k + B_k a_k (`vdm_env.transition`), reward 0 until
+the last step and then the reward model's score of the decoded video. `DenoisingMDP` is the framework-free core; `vdm_env.env` and
+`vdm_env.torchrl` put their interfaces over it.
+
+Legend: B videos, S denoising steps, C F H W latent channels, frames, rows, columns.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vdm_env import noise, transition
+from vdm_env.models.base import Condition, VideoModel
+from vdm_env.prompts import PromptBook
+from vdm_env.rewards.base import FramePolicy, Reward, score_parts, select_frames
+from vdm_env.schedule import make_table
+from vdm_env.transition import TransitionTable
+
+
+@dataclass
+class Counters:
+    """What was spent, cumulative since the MDP was made. Forwards and backwards count videos, both guidance branches apart."""
+
+    videos_sampled: int = 0
+    reward_queries: int = 0
+    reward_backward_queries: int = 0
+    denoiser_forwards: int = 0
+    denoiser_backwards: int = 0
+    decode_s: float = 0.0
+    reward_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """End of an episode: scores [B], their parts {name: [B]} and the video [B,n,3,H,W] the reward saw."""
+
+    reward: Tensor
+    parts: dict[str, Tensor]
+    video: Tensor
+
+
+class DenoisingMDP:
+    """Model, schedule, prompts and reward as one decision process.
+
+    Args:
+        model: any `VideoModel`.
+        reward: what scores the decoded video.
+        prompts: the texts and their splits.
+        num_steps: denoising steps asked for (a grid may have one more, see `table.num_steps`).
+        sampler: one of `model.schedule.samplers`.
+        noise_level: eta of DDIM or a of a flow SDE; one number or one for each step.
+        size: (num_frames, height, width) of the video, in frames and pixels.
+        decode_frames: which frames the reward sees; None leaves it to the reward.
+        device: where latents live.
+        dtype: of the latents: float32, or float64 for tests of exactness.
+        gold: a true score of the world, if there is one: (video, prompts) to an object with a `total` [B].
+
+    Raises:
+        ValueError: an impossible size, number of steps, sampler or noise level.
+    """
+
+    def __init__(
+        self,
+        model: VideoModel,
+        reward: Reward,
+        prompts: PromptBook,
+        *,
+        num_steps: int,
+        sampler: str,
+        noise_level: float | Sequence[float],
+        size: tuple[int, int, int],
+        decode_frames: FramePolicy | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        gold: Callable[[Tensor, Sequence[str]], Any] | None = None,
+    ) -> None:
+        self.model, self.schedule, self.reward, self.prompts = model, model.schedule, reward, prompts
+        self.num_frames, self.height, self.width = size
+        self.latent_shape = model.latent_shape(*size)
+        self.device, self.dtype = torch.device(device), dtype
+        self.decode_frames: FramePolicy = reward.frames if decode_frames is None else decode_frames
+        select_frames(self.decode_frames, self.num_frames, 0)  # refuses a policy that does not fit, before anything is spent
+        self.sampler, self.noise_level = sampler, noise_level
+        self.base_table = self.make_table(num_steps, sampler, noise_level)
+        self.table = self.base_table
+        self._gold = gold
+        self._conditions: dict[int, Condition] = {}
+        self.counters = Counters()
+
+    def make_table(self, num_steps: int, sampler: str, noise_level: float | Sequence[float]) -> TransitionTable:
+        """A transition table on this model's schedule, on this MDP's device."""
+        return make_table(self.schedule, num_steps, sampler, noise_level).to(self.device)
+
+    # ------------------------------------------------------------------ the process
+
+    @property
+    def num_steps(self) -> int:
+        """Denoising steps of an episode."""
+        return self.table.num_steps
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """Range of the network's timesteps, for losses at any t."""
+        return self.schedule.num_train_timesteps
+
+    def initial_latents(self, video_seeds: Tensor) -> Tensor:
+        """x at step 0, [B,C,F,H,W]: noise keyed by the video's seed, at the schedule's first noise level."""
+        drawn = noise.normal(video_seeds, noise.INITIAL, self.latent_shape)
+        return drawn.to(self.device, self.dtype) * self.schedule.init_sigma
+
+    def step(self, x: Tensor, a: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x_{k+1} = A_k x_k + B_k a_k; see `vdm_env.transition.step`."""
+        return transition.step(self.table, x, a, k, mask)
+
+    def x0(self, x: Tensor, a: Tensor, step: Tensor) -> Tensor:
+        """The clean latents that the action implies at a step of the grid."""
+        return transition.predict_x0(self.table, x, a, step)
+
+    def input_scale(self, step: Tensor, like: Tensor) -> Tensor:
+        """What the latents are multiplied by before the network sees them (1 except for EDM), broadcastable to `like`."""
+        scale = self.table.input_scale[step.to(self.table.input_scale.device).clamp(max=self.num_steps - 1)]
+        return scale.to(like).reshape(-1, *[1] * (like.ndim - 1))
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Latents x_t of clean latents, noise and training timesteps t [B]."""
+        return self.schedule.add_noise(x0, noise, t)
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the network should emit for them."""
+        return self.schedule.target(x0, noise, t)
+
+    # ------------------------------------------------------------------ pixels and scores
+
+    def encode(self, video: Tensor) -> Tensor:
+        """Latents of a video [B,F,3,H,W] in [0,1]."""
+        return self.model.encode(video.to(self.device))
+
+    def decode(self, latents: Tensor, frames: Tensor | None = None) -> Tensor:
+        """Video [B,F,3,H,W] in [0,1]; `frames` [B,n] chooses each video's frames. The graph is kept."""
+        return self.model.decode(latents, frames)
+
+    def score(self, video: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Reward scores [B] of videos; counted as reward queries."""
+        return self._score(video, list(prompts))[0]
+
+    def gold(self, video: Tensor, prompts: Sequence[str]) -> Any | None:
+        """The world's true score, or None where there is no such thing. For evaluation only."""
+        return None if self._gold is None else self._gold(video, prompts)
+
+    def frames_of(self, video_seeds: Tensor) -> Tensor | None:
+        """Frames [B,n] the reward sees of each video, keyed by its seed; None is all."""
+        if self.decode_frames == "all":
+            return None
+        chosen = [
+            select_frames(self.decode_frames, self.num_frames, noise.generator_for(int(s), noise.FRAMES)) for s in video_seeds
+        ]
+        return torch.stack(chosen)
+
+    def outcome(self, x0: Tensor, prompt_ids: Tensor, video_seeds: Tensor) -> Outcome:
+        """Decodes final latents and scores them."""
+        started = self._clock()
+        video = self.decode(x0, self.frames_of(video_seeds))
+        self.counters.decode_s += self._clock() - started
+        self.counters.videos_sampled += len(video)
+        reward, parts = self._score(video, [self.prompts[int(i)] for i in prompt_ids])
+        return Outcome(reward=reward, parts={k: v.detach() for k, v in parts.items()}, video=video.detach())
+
+    def _score(self, video: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        started = self._clock()
+        scores, parts = score_parts(self.reward, video, prompts)
+        self.counters.reward_s += self._clock() - started
+        self.counters.reward_queries += len(video)
+        if scores.requires_grad:
+            self.counters.reward_backward_queries += len(video)
+        return scores.to(self.device), parts
+
+    def _clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    # ------------------------------------------------------------------ prompts
+
+    def condition(self, prompt_ids: Tensor | Sequence[int]) -> Condition:
+        """What the network is conditioned on for these prompts; every prompt is embedded once."""
+        ids = [int(i) for i in prompt_ids]
+        new = sorted({i for i in ids if i not in self._conditions})
+        if new:
+            self._embed(new, [self.prompts[i] for i in new])
+        return self._gather(ids)
+
+    def unconditional(self, batch: int) -> Condition:
+        """The empty prompt's condition, `batch` times."""
+        if -1 not in self._conditions:
+            self._embed([-1], [""])
+        return self._gather([-1] * batch)
+
+    def _embed(self, ids: list[int], texts: list[str]) -> None:
+        with torch.no_grad():
+            condition = self.model.encode_prompts(texts)
+        for row, i in enumerate(ids):
+            self._conditions[i] = {name: values[row].to(self.device) for name, values in condition.items()}
+
+    def _gather(self, ids: list[int]) -> Condition:
+        rows = [self._conditions[i] for i in ids]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

@@ -1,0 +1,48 @@
+"""Base video models and the table of those that come with the package.
+
+A loader is `load(*, weights, scale, device, dtype, seed) -> VideoModel`; heavy imports happen when one is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from vdm_env.models.base import ModelSpec, VideoModel
+
+
+class ModelEntry(NamedTuple):
+    """A model by name: its spec (None until it is loaded, for plug-ins), its loader, one line about it."""
+
+    load: Callable[..., VideoModel]
+    summary: str
+
+
+def _moving_shapes(flow: bool) -> Callable[..., VideoModel]:
+    def load(*, weights: str, scale: str, device: Any, dtype: Any, seed: int = 0) -> VideoModel:
+        from vdm_env.models import moving_shapes
+
+        spec = moving_shapes.FLOW_SPEC if flow else moving_shapes.UNET_SPEC
+        return moving_shapes.load(spec, weights=weights, device=device, dtype=dtype)
+
+    return load
+
+
+def _unet3d(name: str) -> Callable[..., VideoModel]:
+    def load(*, weights: str, scale: str, device: Any, dtype: Any, seed: int = 0) -> VideoModel:
+        from vdm_env.models import unet3d
+
+        spec = {"ModelScope": unet3d.MODELSCOPE, "VideoCrafter2": unet3d.VIDEOCRAFTER2}[name]
+        return unet3d.load(spec, weights=weights, scale=scale, device=device, dtype=dtype, seed=seed)
+
+    return load
+
+
+MODELS: dict[str, ModelEntry] = {
+    "MovingShapes": ModelEntry(_moving_shapes(flow=True), "embedded flow-matching WanTransformer3DModel, weights included"),
+    "MovingShapesUNet": ModelEntry(_moving_shapes(flow=False), "embedded epsilon UNet3D with DDIM, weights included"),
+    "VideoCrafter2": ModelEntry(_unet3d("VideoCrafter2"), "UNet3D, 320x512, 16 frames, scaled DDIM; random weights only so far"),
+    "ModelScope": ModelEntry(_unet3d("ModelScope"), "UNet3D, 256x256, 16 frames, DDIM; random weights only so far"),
+}
+
+__all__ = ["MODELS", "ModelEntry", "ModelSpec", "VideoModel"]

@@ -1,0 +1,304 @@
+"""The policy: a video model's own network as a Gaussian over its output.
+
+a ~ N(mean(x_k, t_k, prompt), action_std_k^2), where the mean is the (guided) network output and action_std comes from the environment, so
+that the step's randomness is exactly the sampler's. `policy(obs)` is a reparameterised sample whose noise is keyed by (video seed,
+step); gradients flow through the mean.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vdm_env import noise
+from vdm_env.errors import CorruptWeightsError
+from vdm_env.mdp import DenoisingMDP
+
+Observation = Mapping[str, Tensor]
+_adapter_numbers = count()
+
+
+class MeanNormal(torch.distributions.Distribution):
+    """Diagonal Gaussian over a batch of latents whose `log_prob` is the mean over a video's elements.
+
+    The mean, not the sum, is what DDPO and Flow-GRPO call log-probability and what gives clip ranges of 1e-4 their meaning; it is also what
+    TorchRL's `ClipPPOLoss` calls. `log_prob_sum` is the true one, in nats.
+
+    Args:
+        loc: [B, ...] mean.
+        scale: [B] standard deviation of each video's step (or broadcastable to loc); 0 where the step has no noise: there
+            `log_prob` is 0 and a sample is the mean.
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    has_rsample = True
+
+    def __init__(self, loc: Tensor, scale: Tensor, validate_args: bool | None = None) -> None:
+        self.loc = loc
+        self.scale = scale.reshape(scale.shape + (1,) * (loc.ndim - scale.ndim)) if scale.ndim < loc.ndim else scale
+        super().__init__(loc.shape[:1], loc.shape[1:], validate_args=False)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.loc
+
+    @property
+    def mode(self) -> Tensor:
+        return self.loc
+
+    @property
+    def deterministic_sample(self) -> Tensor:
+        return self.loc
+
+    @property
+    def stddev(self) -> Tensor:
+        return self.scale.expand_as(self.loc)
+
+    def rsample(self, sample_shape: Sequence[int] | torch.Size = (), *, noise: Tensor | None = None) -> Tensor:
+        """loc + scale * noise; standard normal noise from torch's generator unless given."""
+        if noise is None:
+            noise = torch.randn(*sample_shape, *self.loc.shape, device=self.loc.device, dtype=self.loc.dtype)
+        return self.loc + self.scale * noise
+
+    def _log_density(self, value: Tensor) -> Tensor:
+        noisy = self.scale > 0
+        scale = torch.where(noisy, self.scale, torch.ones_like(self.scale))
+        z = (value - self.loc) / scale
+        return torch.where(noisy, -0.5 * z.square() - scale.log() - 0.5 * math.log(2 * math.pi), torch.zeros_like(z))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """[B], mean over all non-batch elements."""
+        return self._log_density(value).flatten(1).mean(1)
+
+    def log_prob_sum(self, value: Tensor) -> Tensor:
+        """[B] float64, nats."""
+        return self._log_density(value).flatten(1).double().sum(1)
+
+    def kl(self, other: MeanNormal, reduction: str = "sum") -> Tensor:
+        """KL(self || other) [B] for equal scales: nats (`"sum"`, float64) or nats per element (`"mean"`); 0 without noise."""
+        noisy = self.scale > 0
+        scale = torch.where(noisy, self.scale, torch.ones_like(self.scale))
+        per_element = torch.where(noisy, 0.5 * ((self.loc - other.loc) / scale).square(), torch.zeros_like(self.loc)).flatten(1)
+        return per_element.double().sum(1) if reduction == "sum" else per_element.mean(1)
+
+    def entropy(self) -> Tensor:
+        """[B], mean over elements; 0 without noise."""
+        scale = self.scale.expand_as(self.loc)
+        safe = torch.where(scale > 0, scale, torch.ones_like(scale))
+        per_element = torch.where(scale > 0, safe.log() + 0.5 * math.log(2 * math.pi * math.e), torch.zeros_like(scale))
+        return per_element.flatten(1).mean(1)
+
+
+class DenoisingPolicy(nn.Module):
+    """A model's denoiser with LoRA (or all its weights) trainable, and guidance, as a Gaussian policy.
+
+    Several policies live on one network: each has an adapter of its own, switched on when it is called. Dropout stays off (the
+    module is always in eval mode): the same input must give the same log-probability in rollout and update.
+
+    Args:
+        mdp: the process it acts in.
+        lora_rank: rank of the adapter; 0 trains all weights, on a copy of the network.
+        lora_alpha: scale of the adapter, `lora_rank` if None (a factor of 1).
+        lora_targets: endings of the linear layers' names; the model's own default if None.
+        guidance_scale: classifier-free guidance w of `mean` and of sampling; 1 is none.
+        gradient_checkpointing: recompute the network in the backward pass instead of storing its activations.
+        seed: of the adapter's initial values.
+
+    Raises:
+        ValueError: a negative rank, or targets that no layer's name ends with.
+    """
+
+    def __init__(
+        self,
+        mdp: DenoisingMDP,
+        *,
+        lora_rank: int = 16,
+        lora_alpha: float | None = None,
+        lora_targets: Sequence[str] | None = None,
+        guidance_scale: float = 1.0,
+        gradient_checkpointing: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if lora_rank < 0:
+            raise ValueError(f"lora_rank={lora_rank}: expected a positive rank, or 0 to train all weights")
+        self._mdp = mdp
+        self.guidance_scale = float(guidance_scale)
+        self.gradient_checkpointing = gradient_checkpointing
+        self.lora_rank = lora_rank
+        self._reference_on = False
+        if lora_rank:
+            self._model = mdp.model
+            self._adapter = f"policy_{next(_adapter_numbers)}"
+            targets = list(lora_targets or mdp.model.spec.lora_targets)
+            self._config = LoraConfig(r=lora_rank, lora_alpha=lora_alpha or lora_rank, target_modules=targets, lora_dropout=0.0)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(noise.mix(seed))
+                inject_adapter_in_model(self._config, mdp.model.denoiser, adapter_name=self._adapter)
+            self._layers = [m for m in mdp.model.denoiser.modules() if isinstance(m, BaseTunerLayer)]
+            for name, parameter in self._named_adapter():
+                parameter.data = parameter.data.float() if mdp.dtype == torch.float32 else parameter.data.to(mdp.dtype)
+        else:
+            # The copy is trained; the model's own network stays what it was and serves as the reference.
+            self._model = copy.copy(mdp.model)
+            object.__setattr__(self._model, "denoiser", copy.deepcopy(mdp.model.denoiser).eval().requires_grad_(True))
+
+    # ------------------------------------------------------------------ acting
+
+    def forward(self, obs: Observation) -> Tensor:
+        """A reparameterised sample [B,C,F,H,W]; the mean where the step has no noise."""
+        drawn = noise.normal(obs["video_seed"], obs["step"], obs["latents"].shape[1:])
+        return self.dist(obs).rsample(noise=drawn.to(obs["latents"]))
+
+    def dist(self, obs: Observation) -> MeanNormal:
+        """The distribution of the action."""
+        return MeanNormal(self.mean(obs), obs["action_std"])
+
+    def mean(self, obs: Observation) -> Tensor:
+        """The guided network output a_u + w (a_c - a_u), as one doubled batch; the conditional output alone for w = 1."""
+        mdp, x, t = self._mdp, obs["latents"], obs["timestep"]
+        x = x * mdp.input_scale(obs["step"], x)
+        condition = mdp.condition(obs["prompt_id"])
+        w = self.guidance_scale
+        if w == 1.0:
+            return self._network(x, t, condition)
+        empty = mdp.unconditional(len(x))
+        both = {name: torch.cat([empty[name], condition[name]]) for name in condition}
+        a_u, a_c = self._network(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        return a_u + w * (a_c - a_u)
+
+    def predict(self, x_t: Tensor, t: Tensor, prompt_ids: Tensor | Sequence[int]) -> Tensor:
+        """Conditional network output without guidance, at any timesteps t [B]: what preference losses train on."""
+        x_t = x_t * self._mdp.schedule.input_scale(t).to(x_t).reshape(-1, *[1] * (x_t.ndim - 1))
+        return self._network(x_t, t, self._mdp.condition(prompt_ids))
+
+    def _network(self, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        counters = self._mdp.counters
+        model = self._activate()
+
+        def call(x: Tensor, t: Tensor) -> Tensor:
+            counters.denoiser_forwards += len(x)
+            return model.predict(x, t, condition)
+
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            output = checkpoint(call, x, t, use_reentrant=False, preserve_rng_state=False)
+        else:
+            output = call(x, t)
+        if output.requires_grad:
+
+            def count_backward(gradient: Tensor) -> None:
+                counters.denoiser_backwards += len(x)
+
+            output.register_hook(count_backward)
+        return output
+
+    def _activate(self) -> Any:
+        """Puts this policy's weights (or the reference's) into place and returns the model to call."""
+        if not self.lora_rank:
+            return self._mdp.model if self._reference_on else self._model
+        denoiser = self._model.denoiser
+        wanted = None if self._reference_on else self._adapter
+        if getattr(denoiser, "_active_policy", "unset") != wanted:
+            for layer in self._layers:
+                layer.enable_adapters(wanted is not None)
+                if wanted is not None:
+                    layer.set_adapter(wanted)
+            denoiser._active_policy = wanted
+        return self._model
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside this context the policy is the untrained model (adapters off, or the original weights)."""
+        before, self._reference_on = self._reference_on, True
+        try:
+            yield
+        finally:
+            self._reference_on = before
+
+    def train(self, mode: bool = True) -> DenoisingPolicy:
+        """Does nothing: the network stays in eval mode, see the class."""
+        return self
+
+    # ------------------------------------------------------------------ weights
+
+    def _named_adapter(self) -> list[tuple[str, nn.Parameter]]:
+        part = f".{self._adapter}."
+        return [(n, p) for n, p in self._model.denoiser.named_parameters() if part in n]
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The parameters an algorithm may change, in a fixed order."""
+        if not self.lora_rank:
+            return [p for p in self._model.denoiser.parameters() if p.requires_grad]
+        self._activate()
+        return [p for _, p in self._named_adapter()]
+
+    def lora_state_dict(self) -> dict[str, Tensor]:
+        """The trained weights by name, detached copies on the CPU."""
+        if not self.lora_rank:
+            return {k: v.detach().cpu().clone() for k, v in self._model.denoiser.state_dict().items()}
+        state = get_peft_model_state_dict(self._model.denoiser, adapter_name=self._adapter)
+        return {k: v.detach().cpu().clone().contiguous() for k, v in state.items()}
+
+    def load_lora_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over weights of `lora_state_dict`.
+
+        Raises:
+            CorruptWeightsError: names or shapes that are not this policy's.
+        """
+        own = self.lora_state_dict()
+        wrong = sorted(set(own) ^ set(state)) or [k for k in own if own[k].shape != state[k].shape]
+        if wrong:
+            raise CorruptWeightsError(
+                f"these weights do not belong to this policy (rank {self.lora_rank}): {wrong[:4]}{' ...' if len(wrong) > 4 else ''} "
+                "differ; make the policy with the rank and targets the weights were trained with"
+            )
+        if self.lora_rank:
+            set_peft_model_state_dict(self._model.denoiser, dict(state), adapter_name=self._adapter)
+        else:
+            self._model.denoiser.load_state_dict(dict(state))
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes `adapter_model.safetensors` and `adapter_config.json`, which `peft.PeftModel.from_pretrained` reads too.
+
+        With `lora_rank=0` the whole network goes into `model.safetensors`.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = self.lora_state_dict()
+        if not self.lora_rank:
+            save_file(state, folder / "model.safetensors")
+            return folder
+        save_file({f"base_model.model.{k}": v for k, v in state.items()}, folder / "adapter_model.safetensors")
+        config = {k: sorted(v) if isinstance(v, set) else v for k, v in self._config.to_dict().items()}
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=1, default=str) + "\n")
+        return folder
+
+    def load(self, folder: str | Path) -> None:
+        """Reads what `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            CorruptWeightsError: a damaged file, or weights of another shape.
+        """
+        file = Path(folder) / ("adapter_model.safetensors" if self.lora_rank else "model.safetensors")
+        if not file.is_file():
+            raise FileNotFoundError(f"no {file.name} in {folder}; expected a folder written by policy.save")
+        try:
+            state = load_file(file)
+        except SafetensorError as error:
+            raise CorruptWeightsError(f"{file} is damaged or truncated ({error}); save it again or take an earlier one") from error
+        self.load_lora_state_dict({k.removeprefix("base_model.model."): v for k, v in state.items()})

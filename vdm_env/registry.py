@@ -1,0 +1,258 @@
+"""Environment ids, `make`, and plug-ins.
+
+An id is `<Model>-<Reward>`; rewards combine with `+`, with weights in front: "VideoCrafter2-HPS+Aesthetic", "MovingShapes-HPS+0.1*Aesthetic".
+Other packages add models and rewards through `register_model`, `register_reward`, or the entry-point groups `vdm_env.models` and
+`vdm_env.rewards` (a loader or builder each, under the name it gets in ids).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
+
+import torch
+
+from vdm_env.env import DenoisingVectorEnv, EnvConfig
+from vdm_env.models import MODELS, ModelEntry, VideoModel
+from vdm_env.prompts import PromptBook
+from vdm_env.rewards import REWARDS, Part, Reward, RewardContext, RewardEntry, WeightedSum, as_reward
+from vdm_env.rewards.base import FramePolicy, ScoreFunction
+
+DEFAULT_PROMPTS = (
+    "a dog riding a bike",
+    "a cat playing chess",
+    "a bear washing dishes",
+    "a boat sailing on a calm lake at sunset",
+)
+"""Prompts of models without a world of their own until you give yours."""
+
+
+@cache
+def _plugins(group: str) -> dict[str, Any]:
+    return {point.name: point.load() for point in entry_points(group=group)}
+
+
+def _models() -> dict[str, ModelEntry]:
+    found = {name: ModelEntry(load, "plug-in") for name, load in _plugins("vdm_env.models").items()}
+    return {**found, **MODELS}
+
+
+def _rewards() -> dict[str, RewardEntry]:
+    found = {
+        name: RewardEntry(build, "plug-in", bool(getattr(build, "differentiable", True)))
+        for name, build in _plugins("vdm_env.rewards").items()
+    }
+    return {**found, **REWARDS}
+
+
+def list_models() -> list[str]:
+    """Names of all models, plug-ins included."""
+    return sorted(_models())
+
+
+def list_rewards() -> list[str]:
+    """Names of all rewards, plug-ins included."""
+    return sorted(_rewards())
+
+
+def list_envs() -> list[str]:
+    """All ids of one model and one reward; rewards also combine with `+`."""
+    return [f"{model}-{reward}" for model in list_models() for reward in list_rewards()]
+
+
+def register_model(name: str, load: Callable[..., VideoModel], summary: str = "") -> None:
+    """Adds a model: `load(*, weights, scale, device, dtype, seed)` returns a `VideoModel`.
+
+    Raises:
+        ValueError: the name is taken, or has a "-" in it (ids are split there).
+    """
+    _check_new(name, _models())
+    MODELS[name] = ModelEntry(load, summary)
+
+
+def register_reward(
+    name: str, build: Callable[[RewardContext], Reward], summary: str = "", *, differentiable: bool = True
+) -> None:
+    """Adds a reward: `build(context)` returns a `Reward` (or a plain function of (video, prompts)).
+
+    Raises:
+        ValueError: the name is taken, or has a "-" or "+" in it.
+    """
+    _check_new(name, _rewards())
+    REWARDS[name] = RewardEntry(build, summary, differentiable)
+
+
+def _check_new(name: str, taken: Iterable[str]) -> None:
+    if not name or set(name) & set("-+* "):
+        raise ValueError(f"{name!r} cannot be a name in an environment id: it must be non-empty without '-', '+', '*' and spaces")
+    if name in taken:
+        raise ValueError(f"{name!r} is registered already; choose another name")
+
+
+def _lookup(kind: str, name: str, table: Mapping[str, Any]) -> Any:
+    if name in table:
+        return table[name]
+    lowered = {known.lower(): known for known in table}
+    near = [lowered[n] for n in difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.4)]
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ValueError(f"unknown {kind} {name!r}: {hint}known: {', '.join(sorted(table))}")
+
+
+def parse_id(env_id: str) -> tuple[str, dict[str, float]]:
+    """Model name and {reward name: weight} of an id.
+
+    Raises:
+        ValueError: not of the form `<Model>-<Reward>[+<weight>*<Reward>...]`, or unknown names.
+    """
+    text = env_id.removeprefix("vdm_env/").removesuffix("-v0")
+    model, dash, rewards = text.partition("-")
+    if not dash or not model or not rewards:
+        raise ValueError(f"{env_id!r} is no environment id: expected <Model>-<Reward>, for example 'MovingShapes-HPS'")
+    _lookup("model", model, _models())
+    weights: dict[str, float] = {}
+    for term in rewards.split("+"):
+        factor, star, name = term.partition("*")
+        if not star:
+            factor, name = "1", term
+        _lookup("reward", name, _rewards())
+        if name in weights:
+            raise ValueError(f"{env_id!r} names reward {name!r} twice")
+        try:
+            weights[name] = float(factor)
+        except ValueError:
+            raise ValueError(f"{env_id!r}: weight {factor!r} of {name!r} is not a number; write for example 0.5*{name}") from None
+    return model, weights
+
+
+def build_reward(weights: Mapping[str, float], context: RewardContext) -> Reward:
+    """One reward, or the weighted sum of several, by name."""
+    if not weights:
+        raise ValueError("reward={} names no reward; give at least one, for example {'HPS': 1.0}")
+    parts = [
+        Part(reward=as_reward(_lookup("reward", name, _rewards()).build(context)), weight=float(weight))
+        for name, weight in weights.items()
+    ]
+    return parts[0].reward if len(parts) == 1 and parts[0].weight == 1.0 else WeightedSum(parts)
+
+
+def make(
+    id: str | None = None,
+    *,
+    model: VideoModel | str | None = None,
+    reward: Reward | ScoreFunction | str | Mapping[str, float] | None = None,
+    prompts: Mapping[str, Sequence[str]] | Sequence[str] | PromptBook | None = None,
+    num_envs: int = 1,
+    group_size: int = 1,
+    num_steps: int | None = None,
+    sampler: str | None = None,
+    noise_level: float | Sequence[float] | None = None,
+    guidance_scale: float | None = None,
+    split: str = "train",
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    decode_frames: FramePolicy | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    weights: str = "pretrained",
+    scale: str = "full",
+    seed: int = 0,
+    api: str = "gymnasium",
+    render_mode: str | None = "rgb_array",
+) -> Any:
+    """Makes an environment: `make("MovingShapes-HPS", num_envs=4)`, or of your own objects: `make(model=..., reward=f, prompts=[...])`.
+
+    Args:
+        id: `<Model>-<Reward>`; `list_envs()` lists them. Without it, `model` and `reward` are needed.
+        model: a name or a `VideoModel`; wins over the id's.
+        reward: a name, {name: weight}, a `Reward`, or a function of (video [B,F,3,H,W] in [0,1], prompts) to [B]; wins over the id's.
+        prompts: a list of texts, or {"train": [...], "validation": [...], "test": [...]}; a world's own prompts if None.
+        num_envs: videos side by side; a multiple of group_size.
+        group_size: envs that share a prompt.
+        num_steps, sampler, noise_level, guidance_scale: of the denoising process; the model's defaults if None. `noise_level` is eta of
+            DDIM or a of a flow SDE, one number or one for each step.
+        split: which prompts resets draw from.
+        height, width, num_frames: of the video, in pixels and frames; the model's if None.
+        decode_frames: frames decoded for the reward ("all", "random1", "alternate", a number, indices); the reward's wish if None.
+        device, dtype: of the networks. Latents are float32 (float64 if dtype is).
+        weights: "pretrained", or "random" for the architecture without any file.
+        scale: "full", or with random weights "tiny": shrunk to run anywhere.
+        seed: of the stream of prompts and noise until `reset(seed=...)`, and of random weights.
+        api: "gymnasium" (a torch-native `gymnasium.vector.VectorEnv`) or "torchrl" (a `torchrl.envs.EnvBase`).
+        render_mode: as in Gymnasium.
+
+    Raises:
+        ValueError: an unknown name (the nearest are named), an impossible size, step count, sampler or noise level.
+        MissingWeightsError: pretrained weights that are not on this machine; the message says what works now.
+    """
+    if api not in ("gymnasium", "torchrl"):
+        raise ValueError(f"api={api!r}: expected 'gymnasium' or 'torchrl'")
+    if weights not in ("pretrained", "random") or scale not in ("full", "tiny"):
+        raise ValueError(f"weights={weights!r}, scale={scale!r}: expected 'pretrained' or 'random', and 'full' or 'tiny'")
+    named_model, named_rewards = parse_id(id) if id is not None else (None, None)
+    model = named_model if model is None else model
+    reward = named_rewards if reward is None else reward
+    if model is None or reward is None:
+        raise ValueError('make needs an id ("MovingShapes-HPS") or both model=... and reward=...')
+    model_name = model if isinstance(model, str) else model.spec.name
+    if isinstance(model, str):
+        entry = _lookup("model", model, _models())
+        if scale == "tiny" and weights == "pretrained":
+            raise ValueError(f"scale='tiny' has no pretrained weights; use make({id or model!r}, weights='random', scale='tiny')")
+        model = entry.load(weights=weights, scale=scale, device=device, dtype=dtype, seed=seed)
+    spec = model.spec
+    frames = num_frames or spec.num_frames if num_frames != 0 else 0
+    size = (frames, spec.height if height is None else height, spec.width if width is None else width)
+    model.latent_shape(*size)  # an impossible size is refused before rewards are loaded
+    if isinstance(reward, str):
+        reward = {reward: 1.0}
+    if isinstance(reward, Mapping):
+        context = RewardContext(
+            world=spec.world if weights == "pretrained" or spec.world else None,  # type: ignore[arg-type]
+            weights="pretrained" if spec.world else weights,  # type: ignore[arg-type]
+            scale="full" if spec.world else scale,  # type: ignore[arg-type]
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            num_frames=frames,
+        )
+        reward = build_reward(reward, context)
+    else:
+        reward = as_reward(reward)
+    gold, own_prompts = _world(spec.world)
+    if prompts is None:
+        prompts = own_prompts
+    book = prompts if isinstance(prompts, PromptBook) else PromptBook(prompts)
+    config = EnvConfig(
+        id=id or f"{model_name}-{reward.name}",
+        model=model,
+        reward=reward,
+        prompts=book,
+        split=split,
+        num_envs=num_envs,
+        group_size=group_size,
+        num_steps=spec.num_steps if num_steps is None else num_steps,
+        sampler=spec.sampler if sampler is None else sampler,
+        noise_level=spec.noise_level if noise_level is None else noise_level,
+        guidance_scale=spec.guidance_scale if guidance_scale is None else guidance_scale,
+        size=size,
+        decode_frames=decode_frames,
+        device=device,
+        dtype=torch.float64 if dtype == torch.float64 else torch.float32,
+        seed=seed,
+        gold=gold,
+    )
+    env = DenoisingVectorEnv(config, render_mode)
+    return env.to_torchrl() if api == "torchrl" else env
+
+
+def _world(name: str | None) -> tuple[Any, Any]:
+    """Gold score and prompts of an embedded world; neither where there is none."""
+    if name is None:
+        return None, {"train": DEFAULT_PROMPTS}
+    from vdm_env.worlds import moving_shapes
+
+    return moving_shapes.gold_score, moving_shapes.prompt_splits()

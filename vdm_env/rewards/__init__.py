@@ -1,0 +1,51 @@
+"""Reward models: videos and prompts in, one score a video out.
+
+`REWARDS` names the built-in ones; `RewardContext` says what they are built from; `as_reward` makes one of any callable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from vdm_env.rewards.action import build_action
+from vdm_env.rewards.aesthetic import build_aesthetic
+from vdm_env.rewards.analytic import build_brightness, build_jpeg
+from vdm_env.rewards.base import FramePolicy, Reward, as_reward, score_parts, select_frames, validate_scores
+from vdm_env.rewards.clip_loading import build_clip_score, build_hps, build_hpsv2, build_pick_score
+from vdm_env.rewards.combine import Part, WeightedSum
+from vdm_env.rewards.loading import RewardContext
+
+
+class RewardEntry(NamedTuple):
+    """A built-in reward: how to build it, one line about it, whether gradients reach the pixels."""
+
+    build: Callable[[RewardContext], Reward]
+    summary: str
+    differentiable: bool
+
+
+REWARDS: dict[str, RewardEntry] = {
+    "HPS": RewardEntry(build_hps, "Human Preference Score v2.1: frame against prompt, cosine in [-1, 1]", True),
+    "HPSv2": RewardEntry(build_hpsv2, "Human Preference Score v2.0: frame against prompt, cosine in [-1, 1]", True),
+    "PickScore": RewardEntry(build_pick_score, "PickScore v1: frame against prompt, cosine times its temperature", True),
+    "CLIP": RewardEntry(build_clip_score, "CLIPScore: 100 times the cosine of frame and prompt", True),
+    "Aesthetic": RewardEntry(build_aesthetic, "LAION aesthetic predictor V2: about 1 to 10, whatever the prompt", True),
+    "Action": RewardEntry(build_action, "probability of the action the prompt names, by a VideoMAE classifier", True),
+    "Brightness": RewardEntry(build_brightness, "mean of the pixels; for tests and first steps", True),
+    "JPEGCompressibility": RewardEntry(build_jpeg, "minus the size of the frames as JPEG, in kB", False),
+}
+
+__all__ = [
+    "REWARDS",
+    "FramePolicy",
+    "Part",
+    "Reward",
+    "RewardContext",
+    "RewardEntry",
+    "WeightedSum",
+    "as_reward",
+    "score_parts",
+    "select_frames",
+    "validate_scores",
+]

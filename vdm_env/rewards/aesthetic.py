@@ -1,0 +1,137 @@
+"""LAION's aesthetic predictor V2: a head on the unit CLIP image feature; about 1 (poor) to 10 (beautiful).
+
+The head has five linear layers and dropout but no activation between, so it is exactly affine: score = w . e + b. For unit e
+its reach is b +- |w| (5.24 +- 18.0 for the published weights), and ascending it means walking along one fixed direction
+of CLIP's space: a target, as VADER's loss |score - 10| has, is what keeps it from running away.
+
+Source: christophschuhmann/improved-aesthetic-predictor (head), Prabhudesai et al. 2024, arXiv:2407.08737 (as a video reward).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vdm_env.rewards.base import FramePolicy, check_inputs
+from vdm_env.rewards.clip import ClipBackbone, frame_features
+from vdm_env.rewards.clip_loading import VIT_L, transformers_clip
+from vdm_env.rewards.loading import (
+    RewardContext,
+    find_files,
+    frozen,
+    load_strictly,
+    read_tensors,
+    seeded,
+    world_folder,
+)
+from vdm_env.rewards.preprocess import Preprocess, vader_squash
+
+HEAD_FILE = "sac+logos+ava1-l14-linearMSE.pth"
+HEAD_SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
+_HEAD_REPOSITORY = "christophschuhmann/improved-aesthetic-predictor"
+_FULL_WIDTHS = (1024, 128, 64, 16)
+
+
+class AestheticHead(nn.Module):
+    """[..., width] unit features to [...] scores; names and dropout as in the published file (layers.0, 2, 4, 6, 7)."""
+
+    def __init__(self, width: int = 768, hidden: Sequence[int] = _FULL_WIDTHS) -> None:
+        super().__init__()
+        a, b, c, d = hidden
+        self.layers = nn.Sequential(
+            nn.Linear(width, a),
+            nn.Dropout(0.2),
+            nn.Linear(a, b),
+            nn.Dropout(0.2),
+            nn.Linear(b, c),
+            nn.Dropout(0.1),
+            nn.Linear(c, d),
+            nn.Linear(d, 1),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layers(features.to(self.layers[0].weight.dtype)).squeeze(-1)
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """The five layers as one affine map, (weight [width], bias []), float64."""
+        weight: Tensor | None = None
+        bias = torch.zeros(())
+        for layer in self.layers:
+            if isinstance(layer, nn.Linear):
+                w, b = layer.weight.detach().double(), layer.bias.detach().double()
+                weight, bias = (w, b) if weight is None else (w @ weight, w @ bias + b)
+        assert weight is not None
+        return weight[0], bias[0]
+
+
+class AestheticReward:
+    """Mean over frames of head(unit image feature). The prompt does not matter."""
+
+    differentiable = True
+    name = "Aesthetic"
+
+    def __init__(
+        self,
+        backbone: ClipBackbone,
+        head: AestheticHead,
+        *,
+        preprocess: Preprocess = vader_squash,
+        frames: FramePolicy = "all",
+        chunk_size: int | None = None,
+    ) -> None:
+        self.backbone, self.head, self.preprocess = backbone, head.eval(), preprocess
+        self.frames, self.chunk_size = frames, chunk_size
+        weight, bias = head.affine()
+        reach = float(weight.norm())
+        self.range = (float(bias) - reach, float(bias) + reach)
+
+    def __call__(self, video: Tensor, prompts: list[str]) -> Tensor:
+        check_inputs(video, prompts, self.name)
+        scores = self.head(frame_features(self.backbone, video, self.preprocess, self.chunk_size))
+        return (scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores).mean(1)
+
+
+def build_aesthetic(context: RewardContext) -> AestheticReward:
+    """CLIP ViT-L/14 (hub openai/clip-vit-large-patch14) and LAION's head; in MovingShapes its own small pair."""
+    backbone = transformers_clip(context, "Aesthetic", "openai/clip-vit-large-patch14", VIT_L)
+    if context.weights == "random":
+        with seeded(context.seed + 1):
+            head = AestheticHead(VIT_L["projection_dim"], (32, 16, 8, 4) if context.scale == "tiny" else _FULL_WIDTHS)
+    elif context.world is not None:
+        path = world_folder(context, "Aesthetic", "rewards", "aesthetic") / "model.safetensors"
+        head = head_from(read_tensors(path), path)
+    else:
+        how = (
+            f"curl -LO https://github.com/{_HEAD_REPOSITORY}/raw/main/{HEAD_FILE.replace('+', '%2B')}` and pass its folder "
+            f"(sha256 {HEAD_SHA256}; a data file of that repository) `"
+        )
+        (path,) = find_files(context, "Aesthetic", _HEAD_REPOSITORY, [HEAD_FILE], how)
+        head = head_from(read_tensors(path), path)
+    return AestheticReward(backbone, frozen(head, context))
+
+
+def head_from(tensors: dict[str, Any], path: Any) -> AestheticHead:
+    """The head whose widths the stored tensors have.
+
+    Raises:
+        CorruptWeightsError: the tensors are not such a head's.
+    """
+    widths = [tensors[k].shape[0] for k in (f"layers.{i}.weight" for i in (0, 2, 4, 6)) if k in tensors]
+    first = tensors.get("layers.0.weight")
+    complete = len(widths) == 4 and first is not None and first.ndim == 2
+    head = AestheticHead(first.shape[1], widths) if complete and first is not None else AestheticHead()
+    load_strictly(head, {k: v.float() for k, v in tensors.items()}, path)
+    return head
+
+
+def l1_to_target(scores: Tensor, target: float | None = 10.0, scale: float = 0.1) -> Tensor:
+    """VADER's loss on aesthetic scores: scale * mean |s - target|, or -scale * mean s without a target."""
+    if target is None:
+        return -scale * scores.mean()
+    if not math.isfinite(target):
+        raise ValueError(f"target must be finite or None, got {target}")
+    return scale * (scores - target).abs().mean()
