@@ -9,7 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from algos.evaluate import Evaluator
-from algos.run import run  # from here on `algos.run` is the function; `from algos.run import ...` still finds the module
+from algos.run import (
+    run,  # from here on `algos.run` is the function; `from algos.run import ...` still finds the module
+)
 
 if TYPE_CHECKING:
     from algos.ddpo import DDPO, DDPOConfig

@@ -22,7 +22,7 @@ from torch import Tensor
 from algos.advantages import PerPromptTracker, batch_advantages, clip_advantages, group_advantages
 from algos.losses import clipped_surrogate, kl_penalty
 from algos.rollout import Rollout, collect, rows
-from algos.training import check_positive, draw_seed, num_batches, optimiser_step, reward_metrics
+from algos.training import check_positive, num_batches, optimiser_step, reward_metrics, start_stream
 
 Statistic = Literal["per_prompt", "group", "batch"]
 Entry = tuple[Rollout, Tensor, int]
@@ -68,7 +68,7 @@ class DDPOConfig:
     micro_batch: int | None = None
     """videos per backward pass, the knob for memory; None: env.num_envs (other sizes leave r = 1 to rounding only)"""
     seed: int = 0
-    """of the algorithm's own generator: prompts, noise and shuffling"""
+    """of the env's stream of prompts and noise, and of shuffling"""
 
     def __post_init__(self) -> None:
         check_positive(self, "learning_rate", "eps", "max_grad_norm", "clip_range", "adv_clip_max", "videos_per_rollout")
@@ -143,6 +143,7 @@ class DDPO:
         )
         self.tracker = PerPromptTracker(config.tracker_buffer_size, config.tracker_min_count)
         self.generator = torch.Generator().manual_seed(config.seed)
+        start_stream(env, config.seed)  # from here on the env belongs to this algorithm
 
     def update(self) -> dict[str, float]:
         """Samples a rollout and learns from it.
@@ -158,7 +159,7 @@ class DDPO:
             FloatingPointError: the gradient is not finite; this optimiser step was not taken.
         """
         c = self.config
-        rollouts = [collect(self.env, self.policy, seed=draw_seed(self.generator)) for _ in range(self.batches)]
+        rollouts = [collect(self.env, self.policy) for _ in range(self.batches)]
         reward = torch.cat([rollout.reward for rollout in rollouts])
         advantages = self._advantages(reward, torch.cat([r.prompt_id for r in rollouts])).chunk(self.batches)
         seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
@@ -232,15 +233,17 @@ class DDPO:
         return {**values, "kl_old_nats": nats, "loss": loss, "ratio_first_error": float((first - 1).abs().max())}
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimiser, generator and per-prompt statistics; the policy's weights are saved with the policy."""
+        """Optimiser, generator, the env's stream and per-prompt statistics; the policy's weights are saved with the policy."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
+            "env": self.env.state_dict(),
             "tracker": self.tracker.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues exactly where `state_dict()` was taken, given the policy's weights of that moment."""
+        """Goes on exactly where `state_dict()` was taken, given the policy's weights of that moment."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"].cpu())
+        self.env.load_state_dict(state["env"])
         self.tracker.load_state_dict(state["tracker"])

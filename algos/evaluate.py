@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from algos.meter import finite
+from vdm_env.video import to_uint8
 
 PROXY = "proxy"
-"""Name, in `eval.jsonl`, of the reward the algorithms optimise; its weighted parts stand beside it as "proxy/<name>"."""
+"""Name, in `eval.jsonl`, of the reward that is optimised; its parts stand beside it as "proxy/<name>"."""
 GOLD = "gold"
 """Name of the true preference, where the world has one; its parts are "gold/<part>"."""
 
@@ -42,16 +43,11 @@ class Evaluation:
         return float(np.mean(values)) if values else float("nan")
 
 
-def to_uint8(video: Tensor) -> np.ndarray:
-    """Videos [B, F, 3, H, W] in [0, 1] -> uint8 [B, F, H, W, 3]."""
-    return (video.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).cpu().numpy()
-
-
 class Evaluator:
     """Samples and scores the same videos again and again.
 
-    Each prompt is sampled from every noise seed. The noise seed is the video seed, which keys the initial latents and the
-    policy's exploration noise, so that two evaluations differ only by the policy.
+    Each prompt is sampled from every noise seed. The noise seed is the video seed, which keys the initial latents and
+    the policy's exploration noise, so that two evaluations differ only by the policy.
 
     Args:
         env: an environment on the networks of the training environment, from `env.derive(split=..., group_size=1)`.
@@ -108,8 +104,7 @@ class Evaluator:
             chunk = pairs[start : start + self.env.num_envs]
             scores, video = self._sample(policy, chunk)
             if set(chunk) & set(shown):
-                pixels = to_uint8(video[: len(chunk)])
-                kept |= {pair: pixels[i] for i, pair in enumerate(chunk) if pair in shown}
+                kept |= {pair: to_uint8(video[i]) for i, pair in enumerate(chunk) if pair in shown}
             for name, values in scores.items():
                 for (prompt, seed), value in zip(chunk, values.tolist(), strict=True):
                     rows.append(

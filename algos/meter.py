@@ -137,7 +137,9 @@ class Meter:
         """
         clash = sorted(RESERVED & metrics.keys())
         if clash:
-            raise ValueError(f"update() returned {', '.join(clash)}: the meter writes these itself, rename or drop them")
+            raise ValueError(
+                f"update() returned {', '.join(clash)}: the meter writes these itself, rename or drop them"
+            )
         values = {name: finite(value) for name, value in metrics.items()}
         self.nan_values += sum(value is None for value in values.values())
         return {

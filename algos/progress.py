@@ -33,7 +33,9 @@ class Progress:
                 desc=name,
                 file=sys.stdout,
                 dynamic_ncols=True,
-                bar_format="{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} " + unit + " left {remaining}{postfix}",
+                bar_format="{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} "
+                + unit
+                + " left {remaining}{postfix}",
             )
 
     def __enter__(self) -> Progress:
@@ -52,7 +54,11 @@ class Progress:
             self.bar.set_postfix(update=update, **values, refresh=False)
             self.bar.update(done - self.bar.n)
         elif self.enabled:
-            of = f"{update}/{self.updates} updates" if self.limit is None else f"{device_s:.1f}/{self.limit:.0f} device-s"
+            of = (
+                f"{update}/{self.updates} updates"
+                if self.limit is None
+                else f"{device_s:.1f}/{self.limit:.0f} device-s"
+            )
             print(self.name, f"update {update}", of, *(f"{k} {v}" for k, v in values.items()), sep="  ", flush=True)
 
     def evaluated(self, update: int, scores: Mapping[str, float]) -> None:
@@ -65,9 +71,9 @@ class Progress:
 class Stop:
     """Turns Ctrl-C and SIGTERM into a request to end after the update that is under way.
 
-    The second signal raises KeyboardInterrupt inside `droppable()`, the first one already inside `droppable(at_once=True)`.
-    Outside of these nothing is raised, so that no file is left half written. Signals are Python's business only in the
-    main thread: in any other, this class does nothing.
+    The second signal raises KeyboardInterrupt inside `droppable()`, the first one already inside
+    `droppable(at_once=True)`. Outside of these nothing is raised, so that no file is left half written. Signals are
+    Python's business only in the main thread: in any other, this class does nothing.
     """
 
     def __init__(self) -> None:

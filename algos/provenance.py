@@ -1,15 +1,20 @@
-"""With what a run was made: commit, versions and device, without the names of machines or people."""
+"""What `run.json` says: with what a run was made, without the names of machines or people."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import platform
 import subprocess
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from algos.meter import finite
 
 _PACKAGES = ("numpy", "gymnasium", "diffusers", "transformers", "peft", "safetensors", "torchrl")
 
@@ -63,3 +68,23 @@ def _cpu_name() -> str | None:
         return platform.processor() or None
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or None
+
+
+def plain(value: Any) -> Any:
+    """A config as JSON can hold it: dataclasses become dicts, unknown objects their text."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return finite(value)
+    return value if value is None or isinstance(value, str | int) else str(value)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes JSON so that a reader never sees half of it."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)

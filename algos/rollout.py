@@ -28,8 +28,8 @@ class Rollout:
 
 
 @torch.no_grad()
-def collect(env: Any, policy: Any, *, seed: int) -> Rollout:
-    """Runs the policy once through all denoising steps.
+def collect(env: Any, policy: Any) -> Rollout:
+    """Runs the policy once through all denoising steps, on the next videos of the env's stream.
 
     The network runs once a step: the action is drawn from the distribution it is then scored under, with the same keyed
     noise as `policy(obs)`.
@@ -37,9 +37,8 @@ def collect(env: Any, policy: Any, *, seed: int) -> Rollout:
     Args:
         env: vector env.
         policy: has `dist(obs)`.
-        seed: of the reset: decides prompts, initial latents and exploration noise.
     """
-    obs, _ = env.reset(seed=seed)
+    obs, _ = env.reset()
     observations, actions, log_probs = [], [], []
     reward = torch.empty(0)
     for _ in range(env.num_steps):

@@ -11,7 +11,6 @@ A run owns one folder:
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shutil
@@ -24,9 +23,9 @@ import numpy as np
 
 from algos.checkpoint import save_checkpoint
 from algos.evaluate import GOLD, PROXY, Evaluation, Evaluator
-from algos.meter import Meter, finite
+from algos.meter import Meter
 from algos.progress import Progress, Stop
-from algos.provenance import provenance
+from algos.provenance import plain, provenance, write_json
 
 SCHEMA_VERSION = 1
 _UNITS = {"s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
@@ -99,13 +98,14 @@ def run(
 ) -> RunResult:
     """Updates an algorithm until its budget is spent, and writes down everything that happened.
 
-    The first Ctrl-C (or SIGTERM) lets the update finish and then ends the run with all files valid; the second one drops
-    the update that is under way.
+    The first Ctrl-C (or SIGTERM) lets the update finish and then ends the run with all files valid; the second one
+    drops the update that is under way.
 
     Args:
         algorithm: see `Algorithm`; `env`, `policy` and `config` are read from its attributes of these names.
         out: the run's folder, see `run_folder`.
-        budget: device-seconds of rollout + reward + update: "90s", "2min", "1h". The update that crosses it is the last.
+        budget: device-seconds of rollout + reward + update: "90s", "2min", "1h". The update that crosses it is the
+            last.
         updates: number of updates; with a budget too, whichever comes first.
         evaluate: evaluates before the first update, on the schedule and at the end; its time is kept apart.
         eval_every: an int counts updates, a duration such as "30s" device-seconds. Default: an eighth of the budget.
@@ -137,8 +137,8 @@ def run(
     about = {
         "schema_version": SCHEMA_VERSION,
         "algo": algo or type(algorithm).__name__.lower(),
-        "config": _plain(getattr(algorithm, "config", {})),
-        "task": {**_plain(task or {}), **(evaluate.info() if evaluate else {})},
+        "config": plain(getattr(algorithm, "config", {})),
+        "task": {**plain(task or {}), **(evaluate.info() if evaluate else {})},
         "seed": seed,
         "budget_device_s": limit,
         "budget_updates": updates,
@@ -146,7 +146,7 @@ def run(
         **provenance(env.device),
     }
     about["run_id"] = f"{about['algo']}-seed{seed}-{about['started_utc']}"
-    _write_json(folder / "run.json", about)
+    write_json(folder / "run.json", about)
     with Progress(about["algo"], limit, updates, enabled=progress) as bar, Stop() as stop:
         loop = _Loop(algorithm, policy, evaluate, meter, folder, bar, stop)
         try:
@@ -162,10 +162,10 @@ class _Schedule:
     """When the next evaluation is due, in updates or in device-seconds."""
 
     def __init__(self, every: str | int | None, limit: float | None, updates: int | None) -> None:
-        self.in_updates = isinstance(every, int) or (every is None and limit is None)
         if every is None:
-            every = max(1, (updates or 1) // 8) if limit is None else limit / 8
-        self.every = float(every) if self.in_updates else seconds(every)
+            every = max(1, (updates or 1) // 8) if limit is None else f"{limit / 8}s"
+        self.in_updates = isinstance(every, int)
+        self.every = float(every) if isinstance(every, int) else seconds(every)
         if self.every <= 0:
             raise ValueError(f"eval_every must be positive, got {every}")
         self.next = self.every
@@ -280,7 +280,7 @@ class _Loop:
     def finish(self, name: str, reason: str) -> None:
         """Writes DONE, INTERRUPTED or FAILED with the last counts, those of a dropped update included."""
         last = {key: value for key, value in self.meter.row(self.update, {}).items() if value is not None}
-        _write_json(self.folder / name, {"reason": reason, **last})
+        write_json(self.folder / name, {"reason": reason, **last})
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
         with (self.folder / name).open("a", encoding="utf-8") as file:
@@ -290,7 +290,9 @@ class _Loop:
 def _part(algorithm: Any, name: str, given: Any) -> Any:
     found = getattr(algorithm, name, None) if given is None else given
     if found is None:
-        raise TypeError(f"{type(algorithm).__name__} has no attribute '{name}': set self.{name}, or give run({name}=...)")
+        raise TypeError(
+            f"{type(algorithm).__name__} has no attribute '{name}': set self.{name}, or give run({name}=...)"
+        )
     return found
 
 
@@ -304,22 +306,3 @@ def _claim(folder: Path, fresh: bool) -> None:
         for name in ("samples", "checkpoint", "checkpoint.new", "checkpoint.old"):
             shutil.rmtree(folder / name, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-
-
-def _plain(value: Any) -> Any:
-    """A config as JSON can hold it: dataclasses become dicts, unknown objects their text."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return finite(value)
-    return value if value is None or isinstance(value, str | int) else str(value)
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)

@@ -31,9 +31,12 @@ def num_batches(videos: int, env: Any, name: str) -> int:
     return videos // env.num_envs
 
 
-def draw_seed(generator: torch.Generator) -> int:
-    """A seed for `env.reset`, so that an algorithm's own generator decides prompts and noise, and a resumed run goes on alike."""
-    return int(torch.randint(2**31 - 1, (), generator=generator))
+def start_stream(env: Any, seed: int) -> None:
+    """Puts the env at the beginning of the stream of prompts and noise of a seed, which its next `reset()` draws from.
+
+    Not `env.reset(seed=seed)`: that draws a batch, which nobody would use and whose size would shift all later videos.
+    """
+    env.load_state_dict({"seed": seed, "videos_drawn": 0, "groups_drawn": 0})
 
 
 def check_positive(config: Any, *names: str) -> None:

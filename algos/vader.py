@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from algos import losses
-from algos.training import check_positive, draw_seed, num_batches, optimiser_step, reward_metrics
+from algos.training import check_positive, num_batches, optimiser_step, reward_metrics, start_stream
 
 Loss = Literal["one_minus", "target_l1", "negative"]
 Truncation = Literal["last", "random", "step"]
@@ -53,7 +53,7 @@ class VADERConfig:
     videos_per_update: int = 8
     """videos whose gradients are accumulated for one optimiser step; a multiple of env.num_envs"""
     seed: int = 0
-    """of the algorithm's own generator: prompts, noise and random cuts"""
+    """of the env's stream of prompts and noise, and of random cuts"""
 
     def __post_init__(self) -> None:
         check_positive(self, "learning_rate", "eps", "max_grad_norm", "backprop_steps", "loss_scale", "videos_per_update")
@@ -115,6 +115,7 @@ class VADER:
             weight_decay=config.weight_decay,
         )
         self.generator = torch.Generator().manual_seed(config.seed)
+        start_stream(env, config.seed)  # from here on the env belongs to this algorithm
 
     def update(self) -> dict[str, float]:
         """Samples `videos_per_update` videos and takes one optimiser step.
@@ -156,7 +157,7 @@ class VADER:
 
     def _sample(self, cut: int) -> Tensor:
         """Rewards [B] of one batch, with the graph of steps cut..S-1."""
-        obs, _ = self.env.reset(seed=draw_seed(self.generator))
+        obs, _ = self.env.reset()
         reward = torch.empty(0)
         for k in range(self.env.num_steps):
             with torch.set_grad_enabled(k >= cut):
@@ -176,10 +177,15 @@ class VADER:
         return losses.target_l1(reward, self.config.loss_target, self.config.loss_scale)
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimiser and generator; the policy's weights are saved with the policy."""
-        return {"optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state()}
+        """Optimiser, generator and the env's stream; the policy's weights are saved with the policy."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "env": self.env.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues exactly where `state_dict()` was taken, given the policy's weights of that moment."""
+        """Goes on exactly where `state_dict()` was taken, given the policy's weights of that moment."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"].cpu())
+        self.env.load_state_dict(state["env"])

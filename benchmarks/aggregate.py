@@ -7,7 +7,7 @@ interquartile mean (Agarwal et al. 2021, arXiv:2108.13264).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -125,9 +125,7 @@ def t_band(curves: ArrayLike, level: float = 0.95) -> tuple[Array, Array, Array]
     return centre, centre - half, centre + half
 
 
-def paired_difference(
-    a: Mapping[Hashable, float], b: Mapping[Hashable, float], level: float = 0.95
-) -> tuple[Interval, int]:
+def paired_difference(a: Mapping[int, float], b: Mapping[int, float], level: float = 0.95) -> tuple[Interval, int]:
     """t-interval of a - b over the keys both have (seeds, or prompts of one run), and how many keys only one has.
 
     Raises:

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
-import numpy as np  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-
-from benchmarks.aggregate import locf, t_band  # noqa: E402
+from benchmarks.aggregate import locf, t_band
 
 # Okabe and Ito's palette, which colour-blind people can tell apart. One algorithm has one colour in every figure.
 COLOURS = {"vader": "#0072B2", "ddpo": "#D55E00", "grpo": "#009E73", "dpo": "#CC79A7", "online_vpo": "#56B4E9"}
@@ -44,6 +43,13 @@ class Line:
 
     algo: str
     runs: Sequence[tuple[np.ndarray, np.ndarray]]
+
+
+def _new(size: tuple[float, float]) -> tuple[Figure, Axes]:
+    """A figure on the Agg canvas, outside of pyplot, which would keep it open and choose a window system."""
+    figure = Figure(figsize=size)
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots()
 
 
 def colour(algo: str) -> str:
@@ -76,14 +82,16 @@ def curves(
 
     One run alone is drawn through its evaluations, marked by dots: nothing is measured between them.
     """
-    with plt.rc_context(_STYLE):
-        figure, axis = plt.subplots(figsize=size)
+    with matplotlib.rc_context(_STYLE):
+        figure, axis = _new(size)
         ends = []
         for line in lines:
             own = colour(line.algo)
             many = len(line.runs) > 1
             for x, y in line.runs:
-                axis.plot(x, y, color=own, lw=0.8 if many else 1.8, alpha=0.5 if many else 1, marker="o", ms=2 if many else 4)
+                axis.plot(
+                    x, y, color=own, lw=0.8 if many else 1.8, alpha=0.5 if many else 1, marker="o", ms=2 if many else 4
+                )
             if many:
                 grid, centre, low, high = centre_and_band(line)
                 axis.plot(grid, centre, color=own, lw=2.2, drawstyle="steps-post")
@@ -106,12 +114,10 @@ def curves(
     return figure
 
 
-def plane(
-    lines: Sequence[Line], *, x_label: str, y_label: str, size: tuple[float, float] = WIDE
-) -> Figure:
+def plane(lines: Sequence[Line], *, x_label: str, y_label: str, size: tuple[float, float] = WIDE) -> Figure:
     """One reward against another in the course of training; an open circle marks the start, a filled one the end."""
-    with plt.rc_context(_STYLE):
-        figure, axis = plt.subplots(figsize=size)
+    with matplotlib.rc_context(_STYLE):
+        figure, axis = _new(size)
         ends = []
         for line in lines:
             own = colour(line.algo)
@@ -129,8 +135,8 @@ def plane(
 def phases(costs: Mapping[str, Mapping[str, float]], *, size: tuple[float, float] = WIDE) -> Figure:
     """Seconds per update by phase, {algorithm: {phase: seconds}}, as stacked horizontal bars."""
     shades = ("#4C4C4C", "#7A7A7A", "#A8A8A8", "#D0D0D0")
-    with plt.rc_context(_STYLE):
-        figure, axis = plt.subplots(figsize=(size[0], 1.2 + 0.45 * len(costs)))
+    with matplotlib.rc_context(_STYLE):
+        figure, axis = _new((size[0], 1.2 + 0.45 * len(costs)))
         names = sorted({phase for parts in costs.values() for phase in parts})
         left = np.zeros(len(costs))
         for index, phase in enumerate(names):
@@ -146,8 +152,9 @@ def phases(costs: Mapping[str, Mapping[str, float]], *, size: tuple[float, float
 
 def strip(rows: Sequence[tuple[str, np.ndarray]], *, title: str = "", frames: int = 8) -> Figure:
     """Frames of videos, one labelled row for each: (label, uint8 [F, H, W, 3])."""
-    with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(len(rows), 1, figsize=(7.2, 0.95 * len(rows) + 0.2), squeeze=False)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7.2, 0.95 * len(rows) + 0.2))
+        axes = figure.subplots(len(rows), 1, squeeze=False)
         for axis, (label, video) in zip(axes[:, 0], rows, strict=True):
             chosen = video[np.linspace(0, len(video) - 1, min(frames, len(video))).round().astype(int)]
             gap = np.full((chosen.shape[1], 1, 3), 255, np.uint8)
@@ -162,7 +169,7 @@ def strip(rows: Sequence[tuple[str, np.ndarray]], *, title: str = "", frames: in
     return figure
 
 
-def _label_ends(axis: plt.Axes, ends: Sequence[tuple[str, float, float]]) -> None:
+def _label_ends(axis: Axes, ends: Sequence[tuple[str, float, float]]) -> None:
     """Writes each algorithm's name at the end of its line, moved apart where two would overlap."""
     axis.margins(x=0.02)
     figure = axis.figure
@@ -182,7 +189,7 @@ def _label_ends(axis: plt.Axes, ends: Sequence[tuple[str, float, float]]) -> Non
 def svg_text(figure: Figure, name: str) -> str:
     """The figure as an <svg> element for a page: no prologue, no metadata, ids that differ from other figures'."""
     buffer = io.StringIO()
-    with plt.rc_context({**_STYLE, "svg.hashsalt": name}):
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
@@ -194,7 +201,7 @@ def svg_text(figure: Figure, name: str) -> str:
 def save(figure: Figure, stem: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Writes <stem>.svg, <stem>.png and, with the numbers behind the figure, <stem>.csv."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    with plt.rc_context({**_STYLE, "svg.hashsalt": stem.name}):
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": stem.name}):
         figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
         figure.savefig(stem.with_suffix(".png"), dpi=150)
     with stem.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:

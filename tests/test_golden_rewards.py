@@ -63,7 +63,9 @@ def _open_clip(folder: Path, tensors: dict[str, Tensor]) -> OpenClipBackbone:
 
     model = CLIP(**json.loads((folder / "config.json").read_text()))
     model.load_state_dict(_under(tensors, "openclip."), strict=True)
-    return OpenClipBackbone(model.eval().requires_grad_(False), lambda texts: tensors["tokens"][[int(t) for t in texts]])
+    return OpenClipBackbone(
+        model.eval().requires_grad_(False), lambda texts: tensors["tokens"][[int(t) for t in texts]]
+    )
 
 
 def _prompts(n: int) -> list[str]:
@@ -204,5 +206,8 @@ def test_vader_aesthetic_and_hps(golden_folder: Golden) -> None:
         ]
     )
     frames = _decoder_frames(tensors["frames"])
-    scores = reward(_as_videos(frames), _prompts(len(frames)))
+    scores, each = reward.score_parts(_as_videos(frames), _prompts(len(frames)))
+    loss = (1.5 * l1_to_target(each["Aesthetic"]) + (1 - each["HPS"]).abs().mean()) / 2
     torch.testing.assert_close(scores.mean(), tensors["reward"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss, tensors["loss"], rtol=1e-5, atol=0)
+    _close_gradient(torch.autograd.grad(loss, frames)[0], tensors["grad"])

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import gymnasium
@@ -40,9 +41,11 @@ from vdm_env.mdp import DenoisingMDP
 from vdm_env.models.base import VideoModel
 from vdm_env.policy import DenoisingPolicy
 from vdm_env.prompts import PromptBook
-from vdm_env.rewards.base import FramePolicy, Reward
+from vdm_env.rewards.base import FramePolicy, Reward, as_reward
 from vdm_env.video import frame_row
 
+MAX_SEED = (1 << 63) - 2
+"""Video seeds lie in 0 .. MAX_SEED: one below int64's largest, which Gymnasium's sampling of a Box cannot represent."""
 _OPTIONS = ("prompts", "prompt_ids", "latents", "step", "noise_levels", "reset_mask", "image")
 
 
@@ -59,7 +62,7 @@ class EnvConfig:
     group_size: int
     num_steps: int
     sampler: str
-    noise_level: float | Sequence[float]
+    noise_level: float | Sequence[float] | None
     guidance_scale: float
     size: tuple[int, int, int]
     decode_frames: FramePolicy | None
@@ -67,6 +70,7 @@ class EnvConfig:
     dtype: torch.dtype
     seed: int
     gold: Any = None
+    observe_embedding: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_envs", "group_size", "num_steps"):
@@ -86,6 +90,8 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4, "autoreset_mode": AutoresetMode.DISABLED}
 
     def __init__(self, config: EnvConfig, render_mode: str | None = "rgb_array") -> None:
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ValueError(f"render_mode={render_mode!r}: expected one of {self.metadata['render_modes']}, or None")
         self.config = config
         self.render_mode = render_mode
         self.mdp = DenoisingMDP(
@@ -105,7 +111,8 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
         config.prompts.ids(config.split)  # an unknown or empty split is refused here
         self.model, self.prompts, self.device = config.model, config.prompts, self.mdp.device
         self.single_observation_space = self._observation_space()
-        self.single_action_space = gymnasium.spaces.Box(-np.inf, np.inf, self.mdp.latent_shape, np.float32)
+        float_type = np.float64 if config.dtype == torch.float64 else np.float32
+        self.single_action_space = gymnasium.spaces.Box(-np.inf, np.inf, self.mdp.latent_shape, float_type)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self._seed, self._videos_drawn, self._groups_drawn = config.seed, 0, 0
@@ -113,16 +120,20 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
         self._clean: Tensor | None = None
 
     def _observation_space(self) -> gymnasium.spaces.Dict:
-        box, discrete = gymnasium.spaces.Box, np.iinfo(np.int64).max
-        return gymnasium.spaces.Dict(
-            latents=box(-np.inf, np.inf, self.mdp.latent_shape, np.float32),
-            timestep=box(-np.inf, np.inf, (), np.float32),
-            step=box(0, self.mdp.num_steps, (), np.int64),
-            action_std=box(0, np.inf, (), np.float32),
-            stochastic=box(0, 1, (), np.bool_),
-            prompt_id=box(0, discrete, (), np.int64),
-            video_seed=box(0, discrete, (), np.int64),
-        )
+        box = gymnasium.spaces.Box
+        number: Any = np.float64 if self.config.dtype == torch.float64 else np.float32
+        spaces: dict[str, gymnasium.Space[Any]] = {
+            "latents": box(-np.inf, np.inf, self.mdp.latent_shape, number),
+            "timestep": box(-np.inf, np.inf, (), number),
+            "step": box(0, self.mdp.num_steps, (), np.int64),
+            "action_std": box(0, np.inf, (), number),
+            "stochastic": box(0, 1, (), np.bool_),
+            "prompt_id": box(0, MAX_SEED, (), np.int64),
+            "video_seed": box(0, MAX_SEED, (), np.int64),
+        }
+        if self.config.observe_embedding:
+            spaces |= {name: _space_of(value[0]) for name, value in self.mdp.unconditional(1).items()}
+        return gymnasium.spaces.Dict(spaces)
 
     @property
     def num_steps(self) -> int:
@@ -158,8 +169,8 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
         if options.get("image") is not None:
             raise ValueError(f"{self.config.id}: option 'image' was given, but this model is conditioned on text alone; leave it out")
         mask = self._reset_mask(options.get("reset_mask"))
-        if isinstance(seed, int):
-            self._seed, self._videos_drawn, self._groups_drawn = seed, 0, 0
+        if isinstance(seed, Integral):
+            self._seed, self._videos_drawn, self._groups_drawn = int(seed), 0, 0
         self._set_noise_levels(options.get("noise_levels"), bool(mask.all()))
         prompt_ids = self._draw_prompts(options, mask)
         video_seeds = self._draw_seeds(seed, mask)
@@ -237,11 +248,13 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
         return drawn
 
     def _draw_seeds(self, seed: int | Sequence[int] | None, mask: Tensor) -> Tensor:
-        if seed is not None and not isinstance(seed, int):
-            seeds = [int(s) for s in seed]
-            if len(seeds) != self.num_envs:
-                raise ValueError(f"got {len(seeds)} video seeds; expected one int for the stream, or a list of {self.num_envs}")
-            return torch.tensor(seeds)
+        if seed is not None and not isinstance(seed, Integral):
+            seeds_given = [int(s) for s in seed]  # type: ignore[union-attr]
+            if len(seeds_given) != self.num_envs or not all(0 <= s <= MAX_SEED for s in seeds_given):
+                raise ValueError(
+                    f"got video seeds {seeds_given}; expected one int for the stream, or {self.num_envs} ints in 0 .. {MAX_SEED}"
+                )
+            return torch.tensor(seeds_given)
         seeds = torch.zeros(self.num_envs, dtype=torch.int64)
         for place in mask.nonzero().flatten().tolist():
             seeds[place] = noise.mix(self._seed, 2, self._videos_drawn)
@@ -255,6 +268,8 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
         if not isinstance(given, Tensor) or tuple(given.shape) != expected or not given.is_floating_point():
             got = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
             raise ValueError(f"option latents must be a float tensor of shape {expected}, got {got}")
+        if not bool(torch.isfinite(given.detach()).all()):
+            raise ValueError("option latents has NaN or infinity; start from finite latents, or leave it out for noise")
         return given.to(self.device, self.mdp.dtype)
 
     def _start_step(self, given: Any) -> Tensor:
@@ -323,6 +338,8 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
             raise TypeError(f"action must be a float tensor of shape {expected}, got {kind}")
         if tuple(action.shape) != expected:
             raise ValueError(f"action must have shape {expected} (that of obs['latents']), got {tuple(action.shape)}")
+        if action.device.type != self.device.type:
+            raise ValueError(f"action is on {action.device}, the env on {self.device}; write action.to(env.device)")
         # One reduction instead of a mask: a sum is finite only if all terms are (and overflow would be an error just as well).
         if not bool(torch.isfinite(action.detach().sum(dtype=torch.float64))):
             rows = (~torch.isfinite(action.detach()).flatten(1).all(1)).nonzero().flatten().tolist()
@@ -333,7 +350,7 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
         table, at = self.mdp.table, self._step.clamp(max=self.num_steps - 1)
         going = self._step < self.num_steps
         dtype = self._latents.dtype
-        return {
+        obs = {
             "latents": self._latents,
             "timestep": torch.where(going, table.timesteps[at], 0.0).to(dtype),
             "step": self._step.clone(),
@@ -342,6 +359,17 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
             "prompt_id": self._prompt_ids.to(self.device, copy=True),
             "video_seed": self._video_seeds.to(self.device, copy=True),
         }
+        return obs | self.mdp.condition(self._prompt_ids) if self.config.observe_embedding else obs
+
+    def set_state(self, obs: Mapping[str, Tensor]) -> None:
+        """Puts every env where an observation stands: its latents (with their graph), step, prompt and video seed.
+
+        Unlike `reset` it starts nothing and draws nothing, so that a stored observation can be stepped again.
+        """
+        self._latents = obs["latents"]
+        self._clean = self._latents.detach()
+        self._step = obs["step"].to(self.device)
+        self._prompt_ids, self._video_seeds = obs["prompt_id"].cpu(), obs["video_seed"].cpu()
 
     # ------------------------------------------------------------------ the rest
 
@@ -367,13 +395,17 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
 
         Args:
             changes: any of num_envs, group_size, num_steps, sampler, noise_level, split, decode_frames, reward, seed, guidance_scale,
-                size.
+                size, observe_embedding.
         """
         known = {"num_envs", "group_size", "num_steps", "sampler", "noise_level", "split", "decode_frames", "reward", "seed"}
-        known |= {"guidance_scale", "size"}
+        known |= {"guidance_scale", "size", "observe_embedding"}
         unknown = sorted(set(changes) - known)
         if unknown:
             raise ValueError(f"derive cannot change {unknown}; expected some of {sorted(known)}")
+        if changes.get("sampler", self.config.sampler) != self.config.sampler:
+            changes.setdefault("noise_level", None)  # the other sampler's published one
+        if "reward" in changes:
+            changes["reward"] = as_reward(changes["reward"])
         twin = DenoisingVectorEnv(replace(self.config, **changes), self.render_mode)
         twin.mdp._conditions = self.mdp._conditions  # the same prompts and text encoder: embed once
         return twin
@@ -391,3 +423,12 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continues the stream from a `state_dict`."""
         self._seed, self._videos_drawn, self._groups_drawn = state["seed"], state["videos_drawn"], state["groups_drawn"]
+
+
+def _space_of(value: Tensor) -> gymnasium.spaces.Box:
+    """The space of one prompt's entry of a condition."""
+    kind = np.dtype(str(value.dtype).removeprefix("torch.")).type
+    low, high = (0, 1) if value.dtype == torch.bool else (-np.inf, np.inf)
+    if not value.is_floating_point() and value.dtype != torch.bool:
+        low, high = 0, MAX_SEED
+    return gymnasium.spaces.Box(low, high, tuple(value.shape), kind)

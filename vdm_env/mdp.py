@@ -56,7 +56,7 @@ class DenoisingMDP:
         prompts: the texts and their splits.
         num_steps: denoising steps asked for (a grid may have one more, see `table.num_steps`).
         sampler: one of `model.schedule.samplers`.
-        noise_level: eta of DDIM or a of a flow SDE; one number or one for each step.
+        noise_level: eta of DDIM or a of a flow SDE; one number, one for each step, or None for the sampler's published one.
         size: (num_frames, height, width) of the video, in frames and pixels.
         decode_frames: which frames the reward sees; None leaves it to the reward.
         device: where latents live.
@@ -75,7 +75,7 @@ class DenoisingMDP:
         *,
         num_steps: int,
         sampler: str,
-        noise_level: float | Sequence[float],
+        noise_level: float | Sequence[float] | None,
         size: tuple[int, int, int],
         decode_frames: FramePolicy | None = None,
         device: torch.device | str = "cpu",
@@ -95,7 +95,7 @@ class DenoisingMDP:
         self._conditions: dict[int, Condition] = {}
         self.counters = Counters()
 
-    def make_table(self, num_steps: int, sampler: str, noise_level: float | Sequence[float]) -> TransitionTable:
+    def make_table(self, num_steps: int, sampler: str, noise_level: float | Sequence[float] | None) -> TransitionTable:
         """A transition table on this model's schedule, on this MDP's device."""
         return make_table(self.schedule, num_steps, sampler, noise_level).to(self.device)
 

@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from vdm_env import noise
 from vdm_env.errors import CorruptWeightsError
 from vdm_env.mdp import DenoisingMDP
+from vdm_env.models.base import VideoModel
 
 Observation = Mapping[str, Tensor]
 _adapter_numbers = count()
@@ -146,16 +147,19 @@ class DenoisingPolicy(nn.Module):
             self._adapter = f"policy_{next(_adapter_numbers)}"
             targets = list(lora_targets or mdp.model.spec.lora_targets)
             self._config = LoraConfig(r=lora_rank, lora_alpha=lora_alpha or lora_rank, target_modules=targets, lora_dropout=0.0)
-            with torch.random.fork_rng(devices=[]):
+            devices = [mdp.device] if mdp.device.type == "cuda" else []
+            with torch.random.fork_rng(devices=devices):
                 torch.manual_seed(noise.mix(seed))
                 inject_adapter_in_model(self._config, mdp.model.denoiser, adapter_name=self._adapter)
-            self._layers = [m for m in mdp.model.denoiser.modules() if isinstance(m, BaseTunerLayer)]
-            for name, parameter in self._named_adapter():
-                parameter.data = parameter.data.float() if mdp.dtype == torch.float32 else parameter.data.to(mdp.dtype)
+            mdp.model.denoiser._active_policy = "unknown"
+            _switch_adapter(mdp.model.denoiser, self._adapter)
+            for _, parameter in self._named_adapter():
+                parameter.data = parameter.data.to(mdp.dtype)
         else:
             # The copy is trained; the model's own network stays what it was and serves as the reference.
             self._model = copy.copy(mdp.model)
-            object.__setattr__(self._model, "denoiser", copy.deepcopy(mdp.model.denoiser).eval().requires_grad_(True))
+            network = _without_adapters(copy.deepcopy(mdp.model.denoiser)).eval().requires_grad_(True)
+            object.__setattr__(self._model, "denoiser", network)
 
     # ------------------------------------------------------------------ acting
 
@@ -187,12 +191,12 @@ class DenoisingPolicy(nn.Module):
         return self._network(x_t, t, self._mdp.condition(prompt_ids))
 
     def _network(self, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        counters = self._mdp.counters
-        model = self._activate()
+        counters, reference = self._mdp.counters, self._reference_on
 
         def call(x: Tensor, t: Tensor) -> Tensor:
             counters.denoiser_forwards += len(x)
-            return model.predict(x, t, condition)
+            # Inside, not before: a checkpoint calls this again in the backward pass, when another policy may be switched on.
+            return self._switched_on(reference).predict(x, t, condition)
 
         if self.gradient_checkpointing and torch.is_grad_enabled():
             output = checkpoint(call, x, t, use_reentrant=False, preserve_rng_state=False)
@@ -206,19 +210,12 @@ class DenoisingPolicy(nn.Module):
             output.register_hook(count_backward)
         return output
 
-    def _activate(self) -> Any:
+    def _switched_on(self, reference: bool) -> VideoModel:
         """Puts this policy's weights (or the reference's) into place and returns the model to call."""
-        if not self.lora_rank:
-            return self._mdp.model if self._reference_on else self._model
-        denoiser = self._model.denoiser
-        wanted = None if self._reference_on else self._adapter
-        if getattr(denoiser, "_active_policy", "unset") != wanted:
-            for layer in self._layers:
-                layer.enable_adapters(wanted is not None)
-                if wanted is not None:
-                    layer.set_adapter(wanted)
-            denoiser._active_policy = wanted
-        return self._model
+        if not self.lora_rank and not reference:
+            return self._model
+        _switch_adapter(self._mdp.model.denoiser, None if reference else self._adapter)
+        return self._mdp.model
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -243,7 +240,6 @@ class DenoisingPolicy(nn.Module):
         """The parameters an algorithm may change, in a fixed order."""
         if not self.lora_rank:
             return [p for p in self._model.denoiser.parameters() if p.requires_grad]
-        self._activate()
         return [p for _, p in self._named_adapter()]
 
     def lora_state_dict(self) -> dict[str, Tensor]:
@@ -302,3 +298,30 @@ class DenoisingPolicy(nn.Module):
         except SafetensorError as error:
             raise CorruptWeightsError(f"{file} is damaged or truncated ({error}); save it again or take an earlier one") from error
         self.load_lora_state_dict({k.removeprefix("base_model.model."): v for k, v in state.items()})
+
+
+def _adapter_layers(denoiser: nn.Module) -> list[tuple[str, BaseTunerLayer]]:
+    return [(name, layer) for name, layer in denoiser.named_modules() if isinstance(layer, BaseTunerLayer)]
+
+
+def _switch_adapter(denoiser: nn.Module, adapter: str | None) -> None:
+    """Makes one adapter the only one that acts; None switches all off."""
+    if getattr(denoiser, "_active_policy", None) == adapter:
+        return
+    for _, layer in _adapter_layers(denoiser):
+        layer.enable_adapters(adapter is not None)
+        if adapter is not None:
+            layer.set_adapter(adapter)
+        # PEFT freezes what it switches off, and autograd drops gradients of frozen leaves even if the graph is older than the
+        # freezing: without this a reference forward between a loss and its backward would silence the policy.
+        for kind in layer.adapter_layer_names:
+            getattr(layer, kind).requires_grad_(True)
+    denoiser._active_policy = adapter  # type: ignore[assignment]
+
+
+def _without_adapters(denoiser: nn.Module) -> nn.Module:
+    """The network with every adapter layer replaced by the layer it wraps."""
+    for name, layer in _adapter_layers(denoiser):
+        parent, _, child = name.rpartition(".")
+        setattr(denoiser.get_submodule(parent), child, layer.get_base_layer())
+    return denoiser

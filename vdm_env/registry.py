@@ -10,12 +10,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import torch
 
 from vdm_env.env import DenoisingVectorEnv, EnvConfig
+from vdm_env.gym import register_envs
 from vdm_env.models import MODELS, ModelEntry, VideoModel
 from vdm_env.prompts import PromptBook
 from vdm_env.rewards import REWARDS, Part, Reward, RewardContext, RewardEntry, WeightedSum, as_reward
@@ -31,21 +32,21 @@ DEFAULT_PROMPTS = (
 
 
 @cache
-def _plugins(group: str) -> dict[str, Any]:
-    return {point.name: point.load() for point in entry_points(group=group)}
+def _plugins(group: str) -> dict[str, Callable[..., Any]]:
+    """What other packages offer, by name; a plug-in's code is imported when it is used, not when it is listed."""
+
+    def late(point: EntryPoint) -> Callable[..., Any]:
+        return lambda *args, **options: point.load()(*args, **options)
+
+    return {point.name: late(point) for point in entry_points(group=group)}
 
 
 def _models() -> dict[str, ModelEntry]:
-    found = {name: ModelEntry(load, "plug-in") for name, load in _plugins("vdm_env.models").items()}
-    return {**found, **MODELS}
+    return {**{name: ModelEntry(load, "plug-in") for name, load in _plugins("vdm_env.models").items()}, **MODELS}
 
 
 def _rewards() -> dict[str, RewardEntry]:
-    found = {
-        name: RewardEntry(build, "plug-in", bool(getattr(build, "differentiable", True)))
-        for name, build in _plugins("vdm_env.rewards").items()
-    }
-    return {**found, **REWARDS}
+    return {**{name: RewardEntry(build, "plug-in", True) for name, build in _plugins("vdm_env.rewards").items()}, **REWARDS}
 
 
 def list_models() -> list[str]:
@@ -71,6 +72,7 @@ def register_model(name: str, load: Callable[..., VideoModel], summary: str = ""
     """
     _check_new(name, _models())
     MODELS[name] = ModelEntry(load, summary)
+    register_envs(f"{name}-{reward}" for reward in list_rewards())
 
 
 def register_reward(
@@ -83,6 +85,7 @@ def register_reward(
     """
     _check_new(name, _rewards())
     REWARDS[name] = RewardEntry(build, summary, differentiable)
+    register_envs(f"{model}-{name}" for model in list_models())
 
 
 def _check_new(name: str, taken: Iterable[str]) -> None:
@@ -161,6 +164,7 @@ def make(
     scale: str = "full",
     seed: int = 0,
     api: str = "gymnasium",
+    observe_embedding: bool = False,
     render_mode: str | None = "rgb_array",
 ) -> Any:
     """Makes an environment: `make("MovingShapes-HPS", num_envs=4)`, or of your own objects: `make(model=..., reward=f, prompts=[...])`.
@@ -182,6 +186,7 @@ def make(
         scale: "full", or with random weights "tiny": shrunk to run anywhere.
         seed: of the stream of prompts and noise until `reset(seed=...)`, and of random weights.
         api: "gymnasium" (a torch-native `gymnasium.vector.VectorEnv`) or "torchrl" (a `torchrl.envs.EnvBase`).
+        observe_embedding: put what the network is conditioned on into observations, under the model's own names.
         render_mode: as in Gymnasium.
 
     Raises:
@@ -204,7 +209,7 @@ def make(
             raise ValueError(f"scale='tiny' has no pretrained weights; use make({id or model!r}, weights='random', scale='tiny')")
         model = entry.load(weights=weights, scale=scale, device=device, dtype=dtype, seed=seed)
     spec = model.spec
-    frames = num_frames or spec.num_frames if num_frames != 0 else 0
+    frames = spec.num_frames if num_frames is None else num_frames
     size = (frames, spec.height if height is None else height, spec.width if width is None else width)
     model.latent_shape(*size)  # an impossible size is refused before rewards are loaded
     if isinstance(reward, str):
@@ -236,7 +241,7 @@ def make(
         group_size=group_size,
         num_steps=spec.num_steps if num_steps is None else num_steps,
         sampler=spec.sampler if sampler is None else sampler,
-        noise_level=spec.noise_level if noise_level is None else noise_level,
+        noise_level=spec.noise_level if noise_level is None and sampler in (None, spec.sampler) else noise_level,
         guidance_scale=spec.guidance_scale if guidance_scale is None else guidance_scale,
         size=size,
         decode_frames=decode_frames,
@@ -244,6 +249,7 @@ def make(
         dtype=torch.float64 if dtype == torch.float64 else torch.float32,
         seed=seed,
         gold=gold,
+        observe_embedding=observe_embedding,
     )
     env = DenoisingVectorEnv(config, render_mode)
     return env.to_torchrl() if api == "torchrl" else env

@@ -99,7 +99,8 @@ def flow_table(
     - "cps":       x' = (1 - sigma') x0 + sqrt(sigma'^2 - s^2) eps + s z with s = sigma' sin(n pi / 2) (released with
       Flow-GRPO); the noise in x' has exactly the level sigma' that the network expects; the last step adds none
 
-    All keep the marginals of the ODE in the limit of small steps, and n = 0 is the ODE, step by step.
+    n = 0 is the ODE, step by step. The two SDEs keep the ODE's marginals in the limit of small steps. "cps" does not:
+    its noise per step does not shrink with dt, and spread-out data come out narrower.
 
     Args:
         sigmas: [S+1], strictly decreasing in [0, 1], ending with 0.

@@ -28,7 +28,9 @@ class RewardEntry(NamedTuple):
 REWARDS: dict[str, RewardEntry] = {
     "HPS": RewardEntry(build_hps, "Human Preference Score v2.1: frame against prompt, cosine in [-1, 1]", True),
     "HPSv2": RewardEntry(build_hpsv2, "Human Preference Score v2.0: frame against prompt, cosine in [-1, 1]", True),
-    "PickScore": RewardEntry(build_pick_score, "PickScore v1: frame against prompt, cosine times its temperature", True),
+    "PickScore": RewardEntry(
+        build_pick_score, "PickScore v1: frame against prompt, cosine times its temperature", True
+    ),
     "CLIP": RewardEntry(build_clip_score, "CLIPScore: 100 times the cosine of frame and prompt", True),
     "Aesthetic": RewardEntry(build_aesthetic, "LAION aesthetic predictor V2: about 1 to 10, whatever the prompt", True),
     "Action": RewardEntry(build_action, "probability of the action the prompt names, by a VideoMAE classifier", True),

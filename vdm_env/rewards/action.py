@@ -1,7 +1,7 @@
 """Does the video show the action its prompt names? Probability of that class under a VideoMAE classifier.
 
-VADER (Prabhudesai et al. 2024, arXiv:2407.08737) trains with the cross entropy, -log of this score. The action is found in the
-prompt by a table from phrase to class; every class name is a phrase for itself.
+VADER (Prabhudesai et al. 2024, arXiv:2407.08737) trains with the cross entropy, -log of this score. The action is found
+in the prompt by a table from phrase to class; every class name is a phrase for itself.
 
 Source of the classifier: Tong et al. 2022, arXiv:2203.12602, fine-tuned on Kinetics-400.
 Pre-processing: squash to the network's side, ImageNet mean and deviation (transformers' class default of 0.5 is not
@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vdm_env.rewards.base import check_inputs, select_frames
+from vdm_env.rewards.base import FramePolicy, check_inputs, select_frames
 from vdm_env.rewards.loading import (
     RewardContext,
     find_files,
@@ -52,8 +52,10 @@ class ActionReward:
 
     Args:
         model: a transformers `VideoMAEForVideoClassification`.
-        phrases: phrase in the prompt (lower case) to class name, beside the class names themselves; the longest phrase wins.
-        score: "probability" in [0,1], or "log_probability" (<= 0), which keeps its gradient where the class is unlikely.
+        phrases: phrase in the prompt (lower case) to class name, beside the class names themselves; the longest phrase
+            wins.
+        score: "probability" in [0,1], or "log_probability" (<= 0), which keeps its gradient where the class is
+            unlikely.
         preprocess: resizing, see `preprocess.py`.
 
     Raises:
@@ -79,10 +81,12 @@ class ActionReward:
         self.side, self.num_frames = int(config.image_size), int(config.num_frames)
         missing = sorted(set((phrases or {}).values()) - set(classes))
         if missing:
-            raise ValueError(f"phrases stand for classes the model does not have: {missing}; it has {sorted(classes)[:20]}")
+            raise ValueError(
+                f"phrases stand for classes the model does not have: {missing}; it has {sorted(classes)[:20]}"
+            )
         self.phrases = classes | {k.lower(): classes[v] for k, v in (phrases or {}).items()}
-        self.frames = f"middle{self.num_frames}"
-        self.range = (0.0, 1.0) if score == "probability" else (-math.inf, 0.0)
+        self.frames: FramePolicy = f"middle{self.num_frames}"
+        self.range: tuple[float, float] = (0.0, 1.0) if score == "probability" else (-math.inf, 0.0)
 
     def class_of(self, prompt: str) -> int:
         """Index of the class a prompt names.
@@ -103,8 +107,8 @@ class ActionReward:
         """[B,F,3,H,W] in [0,1] to [B, classes]; more frames than the network takes are thinned out evenly."""
         if video.shape[1] < self.num_frames:
             raise ValueError(
-                f"reward {self.name!r} looks at {self.num_frames} frames, got {video.shape[1]}: decode at least as many "
-                "(decode_frames), or build the reward with num_frames of the video"
+                f"reward {self.name!r} looks at {self.num_frames} frames, got {video.shape[1]}: decode at least as "
+                "many (decode_frames), or build the reward with num_frames of the video"
             )
         if video.shape[1] > self.num_frames:
             video = video[:, select_frames(self.frames, video.shape[1]).to(video.device)]
@@ -151,7 +155,9 @@ def build_action(context: RewardContext) -> ActionReward:
     tiny |= {"image_size": 32, "patch_size": 8, "num_frames": 8}
     with seeded(context.seed):
         config = VideoMAEConfig(
-            **((tiny if context.scale == "tiny" else {}) | changes), use_mean_pooling=True, id2label=dict(enumerate(classes))
+            **((tiny if context.scale == "tiny" else {}) | changes),
+            use_mean_pooling=True,
+            id2label=dict(enumerate(classes)),
         )
         model = VideoMAEForVideoClassification(config)
     return ActionReward(frozen(model, context), phrases=None if context.world else KINETICS_PHRASES)

@@ -1,10 +1,11 @@
 """LAION's aesthetic predictor V2: a head on the unit CLIP image feature; about 1 (poor) to 10 (beautiful).
 
-The head has five linear layers and dropout but no activation between, so it is exactly affine: score = w . e + b. For unit e
-its reach is b +- |w| (5.24 +- 18.0 for the published weights), and ascending it means walking along one fixed direction
-of CLIP's space: a target, as VADER's loss |score - 10| has, is what keeps it from running away.
+The head has five linear layers and dropout but no activation between, so it is exactly affine: score = w . e + b. For
+unit e its reach is b +- |w| (5.24 +- 18.0 for the published weights), and ascending it means walking along one fixed
+direction of CLIP's space: a target, as VADER's loss |score - 10| has, is what keeps it from running away.
 
-Source: christophschuhmann/improved-aesthetic-predictor (head), Prabhudesai et al. 2024, arXiv:2407.08737 (as a video reward).
+Source: christophschuhmann/improved-aesthetic-predictor (head), Prabhudesai et al. 2024, arXiv:2407.08737 (as a video
+reward).
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class AestheticHead(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.layers(features.to(self.layers[0].weight.dtype)).squeeze(-1)
+        return self.layers(features.to(next(self.parameters()).dtype)).squeeze(-1)
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """The five layers as one affine map, (weight [width], bias []), float64."""
@@ -105,10 +106,8 @@ def build_aesthetic(context: RewardContext) -> AestheticReward:
         path = world_folder(context, "Aesthetic", "rewards", "aesthetic") / "model.safetensors"
         head = head_from(read_tensors(path), path)
     else:
-        how = (
-            f"curl -LO https://github.com/{_HEAD_REPOSITORY}/raw/main/{HEAD_FILE.replace('+', '%2B')}` and pass its folder "
-            f"(sha256 {HEAD_SHA256}; a data file of that repository) `"
-        )
+        address = f"https://github.com/{_HEAD_REPOSITORY}/raw/main/{HEAD_FILE.replace('+', '%2B')}"
+        how = f"curl -L -o {HEAD_FILE} {address}` (a data file of that git repository, sha256 `{HEAD_SHA256}"
         (path,) = find_files(context, "Aesthetic", _HEAD_REPOSITORY, [HEAD_FILE], how)
         head = head_from(read_tensors(path), path)
     return AestheticReward(backbone, frozen(head, context))

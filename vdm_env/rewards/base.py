@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 FramePolicy = str | int | Sequence[int]
-"""`"all"`, `"alternate"`, `"first"`, `"last"`, `"random<n>"`, `"tsn<n>"`, `"middle<n>"`, n (= `"middle<n>"`), or indices."""
+"""`"all"`, `"alternate"`, `"first"`, `"last"`, `"random<n>"`, `"tsn<n>"`, `"middle<n>"`.
+
+N (= `"middle<n>"`), or indices.
+"""
 
 ScoreFunction = Callable[[Tensor, list[str]], Tensor]
 
@@ -29,10 +32,17 @@ class Reward(Protocol):
     it wants (see `select_frames`). range: bounds of its scores, infinite where there is none.
     """
 
-    name: str
-    differentiable: bool
-    frames: FramePolicy
-    range: tuple[float, float]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def differentiable(self) -> bool: ...
+
+    @property
+    def frames(self) -> FramePolicy: ...
+
+    @property
+    def range(self) -> tuple[float, float]: ...
 
     def __call__(self, video: Tensor, prompts: list[str]) -> Tensor:
         """Scores [B] of video [B,F,3,H,W] in [0,1]; score i belongs to video i and prompt i and to no other."""
@@ -56,9 +66,9 @@ class FunctionReward:
 def as_reward(reward: Reward | ScoreFunction, **attributes: Any) -> Reward:
     """A `Reward` from a `Reward` or from any callable `f(video, prompts) -> [B]`.
 
-    A plain callable is taken as differentiable, over all frames and unbounded, unless it carries attributes that say otherwise
-    (`f.differentiable = False`) or `attributes` do. A differentiable reward whose scores have no graph is found out where
-    gradients are asked for, not here.
+    A plain callable is taken as differentiable, over all frames and unbounded, unless it carries attributes that say
+    otherwise (`f.differentiable = False`) or `attributes` do. A differentiable reward whose scores have no graph is
+    found out where gradients are asked for, not here.
 
     Args:
         reward: the reward or the callable.
@@ -136,16 +146,14 @@ def score_parts(reward: Reward, video: Tensor, prompts: list[str]) -> tuple[Tens
 _COUNTED = re.compile(r"(random|tsn|middle)([1-9]\d*)")
 
 
-def select_frames(
-    policy: FramePolicy, num_frames: int, generator: torch.Generator | int | None = None
-) -> Tensor:
+def select_frames(policy: FramePolicy, num_frames: int, generator: torch.Generator | int | None = None) -> Tensor:
     """Indices of the frames a policy looks at; a pure function of its arguments.
 
     Args:
-        policy: `"all"`; `"alternate"` (0, 2, 4, ...; VADER's "alt"); `"first"`; `"last"`; `"random<n>"` (n different frames;
-            VADER trains with one); `"tsn<n>"` (one random frame of each of n equal segments, Wang et al. 2016,
-            arXiv:1608.00859); `"middle<n>"` or n (the middle of each of n equal segments, n evenly spread frames; a video of
-            fewer than n frames repeats some); or a sequence of indices, negative ones from the end.
+        policy: `"all"`; `"alternate"` (0, 2, 4, ...; VADER's "alt"); `"first"`; `"last"`; `"random<n>"` (n different
+            frames; VADER trains with one); `"tsn<n>"` (one random frame of each of n equal segments, Wang et al. 2016,
+            arXiv:1608.00859); `"middle<n>"` or n (the middle of each of n equal segments, n evenly spread frames; a
+            video of fewer than n frames repeats some); or a sequence of indices, negative ones from the end.
         num_frames: frames of the video.
         generator: what random policies draw from: a CPU generator, or a seed.
 
@@ -153,8 +161,8 @@ def select_frames(
         int64 [n], ascending except for explicit indices.
 
     Raises:
-        ValueError: an unknown policy, an index outside the video, more random frames than there are, or a random policy without
-            a generator.
+        ValueError: an unknown policy, an index outside the video, more random frames than there are, or a random policy
+            without a generator.
     """
     if num_frames < 1:
         raise ValueError(f"a video has at least one frame, got num_frames={num_frames}")
@@ -181,7 +189,9 @@ def select_frames(
     if isinstance(generator, int):
         generator = torch.Generator().manual_seed(generator)
     if n > num_frames:
-        raise ValueError(f"frame policy {policy!r} asks for {n} frames of a video of {num_frames}; use at most that many")
+        raise ValueError(
+            f"frame policy {policy!r} asks for {n} frames of a video of {num_frames}; use at most that many"
+        )
     if kind == "random":
         return torch.randperm(num_frames, generator=generator)[:n].sort().values
     return ((torch.arange(n) + torch.rand(n, generator=generator)) * num_frames / n).long().clamp(max=num_frames - 1)

@@ -43,19 +43,20 @@ class ClipBackbone(Protocol):
 class OpenClipBackbone(nn.Module):
     """A CLIP of open_clip and its tokenizer (texts -> int64 [B,L])."""
 
-    def __init__(self, model: nn.Module, tokenizer: Callable[[list[str]], Tensor]) -> None:
+    def __init__(self, model: Any, tokenizer: Callable[[list[str]], Tensor]) -> None:
         super().__init__()
-        self.model, self.tokenizer = model, tokenizer
-        size: Any = model.visual.image_size  # type: ignore[union-attr]
+        self.model: Any = model
+        self.tokenizer = tokenizer
+        size: Any = model.visual.image_size
         self.side = int(size[0] if isinstance(size, tuple) else size)
-        self.logit_scale = float(model.logit_scale.detach().exp())  # type: ignore[union-attr,operator]
+        self.logit_scale = float(model.logit_scale.detach().exp())
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        return self.model.encode_image(pixels.to(self.model.logit_scale.dtype))  # type: ignore[union-attr,operator]
+        return self.model.encode_image(pixels.to(self.model.logit_scale.dtype))
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
-        tokens = self.tokenizer(list(prompts)).to(self.model.logit_scale.device)  # type: ignore[union-attr]
-        return self.model.encode_text(tokens)  # type: ignore[operator]
+        tokens = self.tokenizer(list(prompts)).to(self.model.logit_scale.device)
+        return self.model.encode_text(tokens)
 
 
 class TransformersClipBackbone(nn.Module):
@@ -65,28 +66,32 @@ class TransformersClipBackbone(nn.Module):
     before, it returned that tensor itself.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: Any, tokenizer: Tokenizer) -> None:
         super().__init__()
-        self.model, self.tokenizer = model, tokenizer
-        self.side = int(model.config.vision_config.image_size)  # type: ignore[union-attr]
-        self.logit_scale = float(model.logit_scale.detach().exp())  # type: ignore[union-attr,operator]
+        self.model: Any = model
+        self.tokenizer = tokenizer
+        self.side = int(model.config.vision_config.image_size)
+        self.logit_scale = float(model.logit_scale.detach().exp())
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        pixels = pixels.to(self.model.logit_scale.dtype)  # type: ignore[union-attr,arg-type]
-        output = self.model.get_image_features(pixel_values=pixels)  # type: ignore[operator]
+        pixels = pixels.to(self.model.logit_scale.dtype)
+        output = self.model.get_image_features(pixel_values=pixels)
         return getattr(output, "pooler_output", output)
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
-        device = self.model.logit_scale.device  # type: ignore[union-attr]
-        tokens = {k: v.to(device) for k, v in self.tokenizer(list(prompts)).items()}  # type: ignore[arg-type]
-        output = self.model.get_text_features(**tokens)  # type: ignore[operator]
+        device = self.model.logit_scale.device
+        tokens = {k: v.to(device) for k, v in self.tokenizer(list(prompts)).items()}
+        output = self.model.get_text_features(**tokens)
         return getattr(output, "pooler_output", output)
 
 
 def frame_features(
     backbone: ClipBackbone, video: Tensor, preprocess: Preprocess, chunk_size: int | None = None
 ) -> Tensor:
-    """Unit image features [B,F,D] of a video [B,F,3,H,W] in [0,1]; all frames as one batch, or `chunk_size` at a time."""
+    """Unit image features [B,F,D] of a video [B,F,3,H,W] in [0,1]; all frames as one batch.
+
+    Or `chunk_size` at a time.
+    """
     frames = video.flatten(0, 1)
     chunks = frames.split(chunk_size or len(frames))
     features = [backbone.image_features(normalise(preprocess(c, backbone.side), CLIP_MEAN, CLIP_STD)) for c in chunks]
@@ -139,8 +144,13 @@ class ClipReward:
         return self.scale * (image * text[:, None]).sum(-1).mean(1)
 
 
-def hps(backbone: ClipBackbone, *, name: str = "HPS", preprocess: Preprocess = vader_squash, **options: Any) -> ClipReward:
-    """HPSv2 / HPSv2.1: the cosine itself. They differ in their weights only; official scorer: `preprocess=hpsv2_pad`."""
+def hps(
+    backbone: ClipBackbone, *, name: str = "HPS", preprocess: Preprocess = vader_squash, **options: Any
+) -> ClipReward:
+    """HPSv2 / HPSv2.1: the cosine itself. They differ in their weights only; official scorer.
+
+    `preprocess=hpsv2_pad`.
+    """
     return ClipReward(backbone, name=name, scale=1.0, preprocess=preprocess, **options)
 
 

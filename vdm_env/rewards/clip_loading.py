@@ -1,6 +1,7 @@
 """Builds the CLIP-style rewards: published networks, the embedded world's small one, or random weights.
 
-All full-size networks use CLIP's byte-pair tokenizer as open_clip ships it. transformers pads with another token, which changes
+All full-size networks use CLIP's byte-pair tokenizer as open_clip ships it. transformers pads with another token, which
+changes
 nothing: attention is causal and the state at the end-of-text token is taken.
 """
 

@@ -32,8 +32,8 @@ class Part:
 class WeightedSum:
     """sum_i w_i (r_i - mean_i) / std_i; differentiable where all parts are.
 
-    Where the parts want different frames it asks for all and hands each part its own; a part with a random policy then sees
-    all of them, whose mean is what the random frame estimates.
+    Where the parts want different frames it asks for all and hands each part its own; a part with a random policy then
+    sees all of them, whose mean is what the random frame estimates.
 
     Raises:
         ValueError: no parts, or two of the same name.
@@ -65,7 +65,6 @@ class WeightedSum:
         if not self._shared and reward.frames != "all" and not is_random(reward.frames):
             video = video[:, select_frames(reward.frames, video.shape[1]).to(video.device)]
         return validate_scores(reward(video, prompts), len(video), reward.name)
-
 
 
 def _ends(part: Part) -> tuple[float, float]:

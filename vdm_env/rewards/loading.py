@@ -55,13 +55,16 @@ class RewardContext:
         if self.scale == "tiny" and self.weights == "pretrained":
             raise ValueError("scale='tiny' has no pretrained weights; pass weights='random' with it")
         if not self.dtype.is_floating_point:
-            raise ValueError(f"dtype={self.dtype} is no floating type; expected torch.float32, bfloat16, float16 or float64")
+            raise ValueError(
+                f"dtype={self.dtype} is no floating type; expected torch.float32, bfloat16, float16 or float64"
+            )
 
 
 def warn_random(name: str) -> None:
     """Says that scores of a reward mean nothing because its weights are random."""
     warnings.warn(
-        f"reward {name!r} has random weights: its scores mean nothing; for tests, speed and memory work only", stacklevel=3
+        f"reward {name!r} has random weights: its scores mean nothing; for tests, speed and memory work only",
+        stacklevel=3,
     )
 
 
@@ -74,7 +77,10 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def frozen(module: nn.Module, context: RewardContext) -> Any:
-    """The module on the context's device and dtype, in evaluation mode, its weights constant; gradients pass to the input."""
+    """The module on the context's device and dtype, in evaluation mode, its weights constant.
+
+    Gradients pass to the input.
+    """
     return module.requires_grad_(False).eval().to(device=context.device, dtype=context.dtype)
 
 
@@ -98,11 +104,12 @@ def find_files(context: RewardContext, name: str, repository: str, files: Sequen
         path = path or try_to_load_from_cache(repository, file)
         if not isinstance(path, str | Path):
             looked = f"not in {context.folder} and " if context.folder is not None else ""
+            fetch = note or f"hf download {repository} {' '.join(files)}"
             raise MissingWeightsError(
-                f"reward {name!r} needs {', '.join(files)} of the hub repository {repository!r}; {file} is {looked}not in the "
-                f"hub's local cache. Fetch it once with `{note or f'hf download {repository} ' + ' '.join(files)}`, or put "
-                "the files into a folder and pass it. Without any download there are the environment 'MovingShapes-HPS', whose "
-                "small networks are part of this package, and weights='random'"
+                f"reward {name!r} needs {', '.join(files)} of the hub repository {repository!r}; {file} is {looked}not "
+                f"in the hub's local cache. Fetch it once with `{fetch}`, or put the files into a folder and pass it. "
+                "Without any download there are the environment 'MovingShapes-HPS', whose small networks are part of "
+                "this package, and weights='random'"
             )
         found.append(Path(path))
     return found
@@ -117,14 +124,16 @@ def world_folder(context: RewardContext, name: str, *parts: str) -> Path:
     folder = Path(context.folder or WORLD_WEIGHTS).joinpath(*parts)
     if not folder.is_dir():
         raise MissingWeightsError(
-            f"reward {name!r} of MovingShapes needs the folder {folder}, which is part of the package; reinstall it, or train "
-            "the networks anew with `python -m vdm_env.worlds.moving_shapes.pretrain_rewards`"
+            f"reward {name!r} of MovingShapes needs the folder {folder}, which is part of the package; reinstall it, "
+            "or train the networks anew with `python -m vdm_env.worlds.moving_shapes.pretrain_rewards`"
         )
     return folder
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file or of a torch checkpoint read without code execution (`state_dict` entry, if any).
+    """The tensors of a .safetensors file or of a torch checkpoint, read without code execution.
+
+    A checkpoint's `state_dict` entry is taken where it has one.
 
     Raises:
         CorruptWeightsError: truncated, damaged, or a pickle that would have to run code.
@@ -139,7 +148,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise corrupt(path, error) from error
     content = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise CorruptWeightsError(f"{path} holds {type(content).__name__}, expected a dictionary of tensors; fetch the file again")
+        raise CorruptWeightsError(
+            f"{path} holds {type(content).__name__}, expected a dictionary of tensors; fetch the file again"
+        )
     return content
 
 
@@ -148,8 +159,8 @@ def corrupt(path: Path, error: Exception) -> CorruptWeightsError:
     size = path.stat().st_size if path.is_file() else 0
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return CorruptWeightsError(
-        f"{path} ({size} bytes) is truncated, damaged, or cannot be read without running code from it ({reason}); delete it "
-        "and fetch or restore it"
+        f"{path} ({size} bytes) is truncated, damaged, or cannot be read without running code from it ({reason}); "
+        "delete it and fetch or restore it"
     )
 
 
@@ -166,7 +177,8 @@ def load_strictly(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> 
     except RuntimeError as error:
         detail = " ".join(str(error).split())[:400]
         raise CorruptWeightsError(
-            f"{path} does not fit {type(module).__name__}: {detail}; it is another architecture or incomplete, fetch it again"
+            f"{path} does not fit {type(module).__name__}: {detail}; it is another architecture or incomplete, "
+            "fetch it again"
         ) from error
 
 
@@ -197,7 +209,9 @@ def load_transformers(model_class: Any, folder: Path, **config_changes: Any) -> 
     """
     weights = next((folder / f for f in ("model.safetensors", "pytorch_model.bin") if (folder / f).is_file()), None)
     if weights is None or not (folder / "config.json").is_file():
-        raise MissingWeightsError(f"{folder} should hold config.json and model.safetensors; restore or fetch the folder again")
+        raise MissingWeightsError(
+            f"{folder} should hold config.json and model.safetensors; restore or fetch the folder again"
+        )
     try:
         config = model_class.config_class.from_pretrained(folder, local_files_only=True, **config_changes)
     except (OSError, ValueError, TypeError) as error:
@@ -212,10 +226,13 @@ def load_transformers(model_class: Any, folder: Path, **config_changes: Any) -> 
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    wrong = {k: sorted(map(str, info[k]))[:4] for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[k]}
+    wrong = {
+        k: sorted(map(str, info[k]))[:4] for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[k]
+    }
     wrong = {k: v for k, v in wrong.items() if not all("position_ids" in name for name in v)}
     if wrong:
         raise CorruptWeightsError(
-            f"{weights} does not fit {model_class.__name__}: {wrong}; it is another architecture or incomplete, fetch it again"
+            f"{weights} does not fit {model_class.__name__}: {wrong}; it is another architecture or incomplete, "
+            "fetch it again"
         )
     return model

@@ -28,13 +28,19 @@ def _resize(frames: Tensor, height: int, width: int, mode: str) -> Tensor:
 
 
 def vader_squash(frames: Tensor, side: int = 224) -> Tensor:
-    """VADER (VideoCrafter and Open-Sora scripts): bilinear with anti-aliasing straight to a square; the aspect is lost."""
+    """VADER (VideoCrafter and Open-Sora scripts): bilinear with anti-aliasing straight to a square.
+
+    The aspect is lost.
+    """
     return _resize(frames, side, side, "bilinear")
 
 
 def clip_hf(frames: Tensor, side: int = 224) -> Tensor:
-    """The CLIP processor of transformers in floating point, as VADER's PickScore does it: the short side to `side` (bicubic,
-    anti-aliased), the long side to floor(long * side / short), centre crop. Bicubic overshoot is neither clamped nor rounded."""
+    """The CLIP processor of transformers in floating point, as VADER's PickScore does it.
+
+    The short side to `side` (bicubic, anti-aliased), the long side to floor(long * side / short), centre crop. Bicubic
+    overshoot is neither clamped nor rounded.
+    """
     height, width = frames.shape[-2:]
     if height <= width:
         new_height, new_width = side, width * side // height
@@ -46,7 +52,10 @@ def clip_hf(frames: Tensor, side: int = 224) -> Tensor:
 
 
 def hpsv2_pad(frames: Tensor, side: int = 224) -> Tensor:
-    """HPSv2's own scorer: the longest side to `side` (bicubic), zero-padded to a centred square; nothing is cut off or bent."""
+    """HPSv2's own scorer: the longest side to `side` (bicubic), zero-padded to a centred square.
+
+    Nothing is cut off or bent.
+    """
     height, width = frames.shape[-2:]
     scale = side / max(height, width)
     new_height, new_width = round(height * scale), round(width * scale)

@@ -2,10 +2,10 @@
 
     python -m vdm_env.worlds.moving_shapes.pretrain_rewards --base weights_new --out weights_new --generated 1024
 
-They are ordinary transformers classes at toy width, stored in half precision under <out>/rewards, with what they are worth in
-metrics.json. About ten minutes on one CPU core. `reward_data.py` says what they see; besides, part of each batch is moved by the
-network's own gradient, in pixels and in latents, before it is learned from: a reward that is going to be climbed has to be
-right where climbing it leads.
+They are ordinary transformers classes at toy width, stored in half precision under <out>/rewards, with what they are
+worth in metrics.json. About ten minutes on one CPU core. `reward_data.py` says what they see; besides, part of each
+batch is moved by the network's own gradient, in pixels and in latents, before it is learned from: a reward that is
+going to be climbed has to be right where climbing it leads.
 """
 
 from __future__ import annotations
@@ -139,7 +139,10 @@ def action_logits(model: VideoMAEForVideoClassification, video: Tensor) -> Tenso
 
 
 def climb_pixels(objective: Callable[[Tensor], Tensor], pixels: Tensor, size: Tensor) -> Tensor:
-    """One signed-gradient step upwards (Goodfellow et al. 2015, arXiv:1412.6572); size [N] is the largest change of a pixel."""
+    """One signed-gradient step upwards (Goodfellow et al. 2015, arXiv:1412.6572).
+
+    Size [N] is the largest change of a pixel.
+    """
     pixels = pixels.detach().requires_grad_(True)
     (gradient,) = torch.autograd.grad(objective(pixels), pixels)
     return (pixels + size.view(-1, *[1] * (pixels.ndim - 1)) * gradient.sign()).clamp(0, 1).detach()
@@ -148,7 +151,10 @@ def climb_pixels(objective: Callable[[Tensor], Tensor], pixels: Tensor, size: Te
 def climb_latents(
     codec: Codec, objective: Callable[[Tensor], Tensor], frames: Tensor, size: Tensor, num_steps: int = 2
 ) -> Tensor:
-    """Decoded frames after steps along the gradient in latent space, where a policy can go; size [N]: total RMS change."""
+    """Decoded frames after steps along the gradient in latent space, where a policy can go; size [N].
+
+    Total RMS change.
+    """
     latents = codec.encode(frames)
     for _ in range(num_steps):
         latents = latents.detach().requires_grad_(True)
@@ -197,7 +203,9 @@ def train_clip(config: Config, codec: Codec, generated: Tensor | None) -> tuple[
             m, k = n // 3, n // 8
             order = torch.randperm(n, generator=draw.generator)
             pixel, latent = order[:m], order[m : m + k]
-            now = Targets(targets.colour[pixel], targets.shape[pixel], present[pixel] * cleanness(frames[pixel], ideal[pixel]))
+            now = Targets(
+                targets.colour[pixel], targets.shape[pixel], present[pixel] * cleanness(frames[pixel], ideal[pixel])
+            )
             frames[pixel] = climb_pixels(
                 lambda x, now=now, t=fixed: clip_loss(model, head, t, x, now).sum(),
                 frames[pixel],

@@ -1,9 +1,10 @@
 """Training data of MovingShapes' reward networks: pictures good and bad, and how good each of them is.
 
 A reward trained on clean pictures only is soon fooled by the policy it trains: adversarial pixels raise the score while
-the shapes fall apart. So the networks see every kind of picture a policy may produce on its way: wrong colours, shapes between two
-shapes, noise, blur, blotches, round trips through the autoencoder with noisy latents, and videos of the diffusion models. The
-targets of synthetic pictures follow from how they were made; those of generated pictures are measured against templates.
+the shapes fall apart. So the networks see every kind of picture a policy may produce on its way: wrong colours, shapes
+between two shapes, noise, blur, blotches, round trips through the autoencoder with noisy latents, and videos of the
+diffusion models. The targets of synthetic pictures follow from how they were made; those of generated pictures are
+measured against templates.
 
 Legend: N frames, B videos, F frames a video, pixels in [0,1], H = W = 32.
 """
@@ -33,7 +34,9 @@ from vdm_env.worlds.moving_shapes.render import (
 
 PALETTE = torch.tensor(list(COLOURS.values()))
 HEADINGS = torch.tensor(list(DIRECTIONS.values()), dtype=torch.float32)
-_AREAS = torch.stack([coverage(torch.tensor([i]), torch.tensor([8.0]), torch.full((1, 1, 2), 16.0)).sum() / 64 for i in range(4)])
+_AREAS = torch.stack(
+    [coverage(torch.tensor([i]), torch.tensor([8.0]), torch.full((1, 1, 2), 16.0)).sum() / 64 for i in range(4)]
+)
 _COLOUR_WIDTH = 0.30  # RGB distance at which a colour counts e^-1 as much as the palette's
 _CLEAN_WIDTH = 0.05  # mean pixel error at which a picture counts e^-1 as much as a clean one
 _SPEED_SCALE = 2.8  # per px/frame: at the slowest true motion (1.3 px a frame) the direction is 95 % sure
@@ -73,7 +76,9 @@ def measure_frames(frames: Tensor) -> tuple[Targets, Tensor]:
     foreground = frames.flatten(2).gather(2, core[:, None].expand(-1, 3, -1)).median(-1).values
     contrast = foreground - background
     strength = contrast.square().sum(1)
-    mask = ((frames - background[:, :, None, None]) * contrast[:, :, None, None]).sum(1) / (strength + 1e-6)[:, None, None]
+    mask = ((frames - background[:, :, None, None]) * contrast[:, :, None, None]).sum(1) / (strength + 1e-6)[
+        :, None, None
+    ]
     mask = torch.where(mask < 0.25, torch.zeros_like(mask), mask.clamp(max=1))
     area = mask.sum((1, 2)).clamp(min=1)
     grid = torch.arange(SIZE_PX) + 0.5
@@ -123,7 +128,10 @@ def sample_colours(n: int, draw: Random) -> tuple[Tensor, Tensor]:
 
 
 def sample_outlines(n: int, draw: Random) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Two shapes [n], how far from the first to the second [n], stretch [n] and waviness in px [n]; half are true shapes."""
+    """Two shapes [n], how far from the first to the second [n], stretch [n] and waviness in px [n].
+
+    Half are true shapes.
+    """
     mixed, bent = draw.chance(0.3, n), draw.chance(0.3, n)
     blend = draw.uniform(n) * mixed
     stretch = 1 + 0.35 * draw.normal(n).clamp(-2, 2) * 0.5 * bent
@@ -163,7 +171,7 @@ def degrade(frames: Tensor, draw: Random, share: float = 0.7) -> Tensor:
 
 
 def synthetic_frames(n: int, draw: Random) -> tuple[Tensor, Targets, Tensor]:
-    """n clean pictures with possibly wrong colours and deformed shapes; targets and ideals measured on them."""
+    """Clean pictures (n of them) with possibly wrong colours and deformed shapes; targets and ideals measured on them."""
     foreground, background = sample_colours(n, draw)
     radius = draw.uniform(n, low=4.5, high=6.5)
     centre = 1.2 * radius[:, None] + (SIZE_PX - 2.4 * radius[:, None]) * draw.uniform(n, 2)
@@ -178,7 +186,7 @@ def synthetic_frames(n: int, draw: Random) -> tuple[Tensor, Targets, Tensor]:
 
 
 def synthetic_videos(n: int, draw: Random) -> tuple[Tensor, Tensor]:
-    """n videos [n,F,3,H,W] of moving, wandering or resting shapes, and the mean velocity [n,2] in px a frame."""
+    """Videos [n,F,3,H,W] of moving, wandering or resting shapes, and the mean velocity [n,2] in px a frame."""
     foreground, background = sample_colours(n, draw)
     radius = draw.uniform(n, low=4.5, high=6.5)
     kind = draw.uniform(n, 1)
@@ -220,7 +228,9 @@ def measure_velocity(video: Tensor) -> Tensor:
     mask = (distance / peak - 0.3).clamp(0, 0.5)
     grid = torch.arange(SIZE_PX) + 0.5
     total = mask.sum((2, 3)).clamp(min=1e-3)
-    return fitted_velocity(torch.stack([(mask.sum(2) * grid).sum(-1), (mask.sum(3) * grid).sum(-1)], -1) / total[..., None])
+    return fitted_velocity(
+        torch.stack([(mask.sum(2) * grid).sum(-1), (mask.sum(3) * grid).sum(-1)], -1) / total[..., None]
+    )
 
 
 class Codec:
@@ -247,7 +257,10 @@ class Codec:
 
 @torch.no_grad()
 def generated_videos(base: Path, num_videos: int, draw: Random, batch: int = 32) -> Tensor:
-    """Videos [num,F,3,H,W] of the diffusion models stored in `base`, half of each, with varied guidance and step counts."""
+    """Videos [num,F,3,H,W] of the diffusion models stored in `base`, half of each.
+
+    With varied guidance and step counts.
+    """
     codec = Codec(base)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base / "shared" / "tokenizer", local_files_only=True)
     encoder = CLIPTextModel.from_pretrained(base / "shared" / "text_encoder", local_files_only=True).float()

@@ -1,4 +1,7 @@
-"""What MovingShapes' reward networks are worth: accuracy, ranking, and what climbing them leads to. Reads what is stored."""
+"""What MovingShapes' reward networks are worth: accuracy, ranking, and what climbing them leads to.
+
+Reads what is stored.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +83,9 @@ def clip_metrics(base: Path, out: Path, codec: Codec, seed: int = 1000) -> dict[
         result["ranking_clean_over_degraded"] = float((score(frames) > score(worse))[harmed].float().mean())
         other = captions_of(labels[torch.randperm(_NUM, generator=draw.generator)])
         different = torch.tensor([a.split()[1:3] != b.split()[1:3] for a, b in zip(captions, other, strict=True)])
-        result["ranking_right_over_wrong_caption"] = float((score(frames) > score(frames, other))[different].float().mean())
+        result["ranking_right_over_wrong_caption"] = float(
+            (score(frames) > score(frames, other))[different].float().mean()
+        )
         mixed = degrade(frames, draw)
         pair = torch.stack([aesthetic(mixed[:, None], captions), 1 + 9 * cleanness(mixed, frames)])
         result["aesthetic_correlation"] = float(torch.corrcoef(pair)[0, 1])
