@@ -18,7 +18,9 @@ def _check_reward(reward: Tensor) -> None:
         raise ValueError(f"reward has shape {tuple(reward.shape)}, expected [B] with B >= 1: one number per video")
     if not torch.isfinite(reward).all():
         bad = int((~torch.isfinite(reward)).sum())
-        raise ValueError(f"{bad} of {reward.numel()} rewards are NaN or infinite, expected finite numbers; repair the reward")
+        raise ValueError(
+            f"{bad} of {reward.numel()} rewards are NaN or infinite, expected finite numbers; repair the reward"
+        )
 
 
 def batch_advantages(reward: Tensor, *, eps: float = 1e-8) -> Tensor:

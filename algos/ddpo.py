@@ -1,20 +1,21 @@
 """DDPO: PPO over denoising steps (Black et al. 2023, arXiv:2305.13301; the importance-sampled variant DDPO-IS).
 
     L = mean over videos and noisy steps k of max(-A r_k, -A clip(r_k, 1 - c, 1 + c))
-    r_k = pi_theta(a_k | x_k, t_k, prompt) / pi_old(a_k | x_k, t_k, prompt),   A = normalised reward of the finished video
+    r_k = pi_theta(a_k | x_k, t_k, prompt) / pi_old(a_k | x_k, t_k, prompt),   A = the video's normalised reward
 
 Only scores are needed, no gradients of the reward. Log-probabilities are means over latent elements, as in the released
 code; clip_range is to be read with that (see `algos.losses`). Deterministic steps have no density and are left out.
 
-Deviation: a forward pass holds videos of ONE denoising step, in the batches they were sampled in, where the released code
-shuffles timesteps for each video. Gradients are accumulated over all timesteps, so their sum is the same, and the ratio is
-exactly 1 before the first update, on any device.
+Deviation: a forward pass holds videos of ONE denoising step, in the batches they were sampled in, where the released
+code shuffles timesteps for each video. Gradients are accumulated over all timesteps, so their sum is the same, and the
+ratio before the first update is 1 exactly, not up to rounding.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +23,16 @@ from torch import Tensor
 from algos.advantages import PerPromptTracker, batch_advantages, clip_advantages, group_advantages
 from algos.losses import clipped_surrogate, kl_penalty
 from algos.rollout import Rollout, collect, rows
-from algos.training import check_positive, num_batches, optimiser_step, reward_metrics, start_stream
+from algos.training import (
+    adamw,
+    check_choice,
+    check_not_negative,
+    check_positive,
+    num_batches,
+    optimiser_step,
+    reward_metrics,
+    start_stream,
+)
 
 Statistic = Literal["per_prompt", "group", "batch"]
 Entry = tuple[Rollout, Tensor, int]
@@ -56,32 +66,29 @@ class DDPOConfig:
     videos_per_rollout: int = 256
     """videos sampled before the policy changes; a multiple of env.num_envs"""
     updates_per_rollout: int = 4
-    """parts the rollout's batches are dealt into; each part makes one optimiser step (one per timestep if not accumulating)"""
+    """parts the rollout's batches are dealt into, each with an optimiser step of its own; a divisor of their number"""
     accumulate_timesteps: bool = True
-    """gradients of all a part's timesteps make one optimiser step; False: one optimiser step per timestep"""
+    """gradients of all timesteps of a part make one optimiser step; False: each timestep makes one"""
     num_inner_epochs: int = 1
     """passes over a rollout"""
     timestep_fraction: float = 1.0
     """fraction of the noisy steps that is trained on, drawn anew for each part"""
     kl_coefficient: float = 0.0
-    """beta of the KL to the reference, a mean over elements, per denoising step; 0 saves the reference's forward pass"""
+    """beta of the KL to the reference per step, a mean over elements; 0 saves the reference's forward pass"""
     micro_batch: int | None = None
     """videos per backward pass, the knob for memory; None: env.num_envs (other sizes leave r = 1 to rounding only)"""
     seed: int = 0
     """of the env's stream of prompts and noise, and of shuffling"""
 
     def __post_init__(self) -> None:
-        check_positive(self, "learning_rate", "eps", "max_grad_norm", "clip_range", "adv_clip_max", "videos_per_rollout")
-        check_positive(self, "updates_per_rollout", "num_inner_epochs", "timestep_fraction")
-        if self.advantage not in get_args(Statistic):
-            raise ValueError(f"DDPOConfig.advantage is {self.advantage!r}, expected one of {', '.join(get_args(Statistic))}")
+        check_positive(self, "learning_rate", "eps", "max_grad_norm", "clip_range", "adv_clip_max", "timestep_fraction")
+        check_positive(self, "videos_per_rollout", "updates_per_rollout", "num_inner_epochs")
+        check_not_negative(self, "weight_decay", "kl_coefficient")
+        check_choice(self, "advantage", Statistic)
         if self.timestep_fraction > 1 or self.clip_range >= 1:
             raise ValueError(
-                f"DDPOConfig: timestep_fraction={self.timestep_fraction} must be <= 1 and clip_range={self.clip_range} < 1"
-            )
-        if self.weight_decay < 0 or self.kl_coefficient < 0:
-            raise ValueError(
-                f"DDPOConfig: weight_decay={self.weight_decay} and kl_coefficient={self.kl_coefficient} must not be negative"
+                f"DDPOConfig.timestep_fraction is {self.timestep_fraction} and clip_range {self.clip_range}, "
+                f"expected at most 1 and less than 1"
             )
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ValueError(f"DDPOConfig.micro_batch is {self.micro_batch}, expected >= 1, or None for env.num_envs")
@@ -108,16 +115,16 @@ class DDPO:
         config: see `DDPOConfig`.
 
     Raises:
-        ValueError: an env without noise, without groups where advantages are relative to groups, or whose batch does not divide
-            the rollout as asked.
+        ValueError: an env without noise, or without groups where advantages are relative to them, or whose batch does
+            not divide the rollout as asked.
     """
 
     def __init__(self, env: Any, policy: Any, config: DDPOConfig) -> None:
         self.steps = env.mdp.table.stochastic.nonzero().flatten().tolist()
         if not self.steps:
             raise ValueError(
-                f"DDPO learns from the sampler's noise, and {env.mdp.table.name!r} at this noise level has none; make the env with "
-                f"noise_level > 0 (and a sampler that has noise), or use VADER, which needs none"
+                f"DDPO learns from the sampler's noise, and {env.mdp.table.name!r} at this noise level has none; make "
+                f"the env with noise_level > 0 (and a sampler that has noise), or use VADER, which needs none"
             )
         if config.advantage == "group" and env.group_size < 2:
             raise ValueError(
@@ -130,17 +137,11 @@ class DDPO:
         self.batches = num_batches(config.videos_per_rollout, env, "videos_per_rollout")
         if self.batches % config.updates_per_rollout:
             raise ValueError(
-                f"updates_per_rollout is {config.updates_per_rollout}, expected a divisor of the rollout's {self.batches} batches "
-                f"(videos_per_rollout={config.videos_per_rollout} / num_envs={env.num_envs}); change one of the three"
+                f"updates_per_rollout is {config.updates_per_rollout}, expected a divisor of the {self.batches} batches "
+                f"of a rollout (videos_per_rollout={config.videos_per_rollout} / num_envs={env.num_envs}); set it to 1"
             )
         self.parameters = policy.trainable_parameters()
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=config.learning_rate,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-        )
+        self.optimizer = adamw(self.parameters, config)
         self.tracker = PerPromptTracker(config.tracker_buffer_size, config.tracker_min_count)
         self.generator = torch.Generator().manual_seed(config.seed)
         start_stream(env, config.seed)  # from here on the env belongs to this algorithm
@@ -149,11 +150,11 @@ class DDPO:
         """Samples a rollout and learns from it.
 
         Returns:
-            reward_mean, reward_std, reward_group_std_mean, zero_std_fraction; over all (video, step) pairs trained on, before
-            each pair's optimiser step: loss, ratio_mean, ratio_std, clip_fraction_low, clip_fraction_high, kl_old_nats
-            (second-order estimate from the log-ratios, summed over noisy steps); ratio_first_error = max |r - 1| of the first
-            micro-batch, 0 unless rollout and update disagree; grad_norm (mean over optimiser steps, before clipping),
-            learning_rate, optimiser_steps.
+            reward_mean, reward_std, reward_group_std_mean, zero_std_fraction; over all (video, step) pairs trained on,
+            before each pair's optimiser step: loss, ratio_mean, ratio_std, clip_fraction_low, clip_fraction_high,
+            kl_old_nats (second-order estimate from the log-ratios, summed over noisy steps); ratio_first_error = max
+            |r - 1| of the first micro-batch, 0 unless rollout and update disagree; grad_norm (mean over optimiser steps,
+            before clipping), learning_rate, optimiser_steps.
 
         Raises:
             FloatingPointError: the gradient is not finite; this optimiser step was not taken.
@@ -226,14 +227,13 @@ class DDPO:
         log_prob, log_prob_old, advantage = (torch.cat([row[i] for row in seen]) for i in range(3))
         _, metrics = clipped_surrogate(log_prob, log_prob_old, advantage, self.config.clip_range)
         values = {name: float(value) for name, value in metrics.items()}
-        elements = self.env.mdp.latent_shape
-        # 0.5 E[(sum log r)^2] = KL to second order; the log-ratios here are means over the elements
-        nats = values.pop("approx_kl") * torch.Size(elements).numel() ** 2 * len(self.steps)
+        # 0.5 E[(log r)^2] is the KL to second order, for log-ratios in nats; these are means over the elements
+        nats = values.pop("approx_kl") * math.prod(self.env.mdp.latent_shape) ** 2 * len(self.steps)
         loss = float(torch.stack([row[3] for row in seen]).sum()) / len(log_prob)
         return {**values, "kl_old_nats": nats, "loss": loss, "ratio_first_error": float((first - 1).abs().max())}
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimiser, generator, the env's stream and per-prompt statistics; the policy's weights are saved with the policy."""
+        """Optimiser, generator, env's stream, per-prompt statistics; the policy's weights are saved with the policy."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),

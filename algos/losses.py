@@ -1,7 +1,7 @@
 """Losses, one pure function per equation. B: videos of the batch; D: latent elements of one video.
 
-Log-probabilities here are the policy's `dist.log_prob`: the MEAN over the D elements, as in DDPO's released code. A clip
-range c on exp(mean difference) bounds the summed log-ratio by about c * D nats, so 1e-4 is small only because D is large.
+Log-probabilities here are the policy's `dist.log_prob`: the MEAN over the D elements, as in DDPO's released code. A
+clip range c on exp(mean difference) bounds the summed log-ratio by about c * D nats: 1e-4 is small, and D is large.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def _check_vectors(**tensors: Tensor) -> None:
-    """All arguments are floating-point vectors [B] of one length, B >= 1: a [B, 1] against a [B] would broadcast silently."""
+    """All are floating-point vectors [B] of one length, B >= 1: [B, 1] against [B] would broadcast silently."""
     expected: tuple[int, ...] | None = None
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
@@ -21,7 +21,9 @@ def _check_vectors(**tensors: Tensor) -> None:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected [B] with B >= 1: one number per video")
         expected = expected or tuple(tensor.shape)
         if tuple(tensor.shape) != expected:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the others {expected}; pass vectors of one length")
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, the others {expected}; pass vectors of one length"
+            )
 
 
 def clipped_surrogate(
@@ -49,7 +51,9 @@ def clipped_surrogate(
     """
     _check_vectors(log_prob=log_prob, log_prob_old=log_prob_old, advantage=advantage)
     if not clip_range > 0:
-        raise ValueError(f"clip_range is {clip_range}, expected a number > 0 (DDPO uses 1e-4 on mean log-probabilities)")
+        raise ValueError(
+            f"clip_range is {clip_range}, expected a number > 0 (DDPO uses 1e-4 on mean log-probabilities)"
+        )
     log_ratio = log_prob - log_prob_old.detach()
     ratio = log_ratio.exp()
     advantage = advantage.detach()

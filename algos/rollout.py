@@ -16,11 +16,11 @@ class Rollout:
     """One run of a vector env from noise to video. B: env.num_envs; S: env.num_steps. Nothing in it carries a graph."""
 
     observations: list[dict[str, Tensor]]
-    """S dicts, as the env gave them: latents x_k [B,C,F,H,W], timestep, step, action_std, prompt_id, video_seed, ... [B]"""
+    """S dicts, as the env gave them: latents x_k, timestep, step, action_std, prompt_id, video_seed, ..."""
     actions: list[Tensor]
     """S of [B,C,F,H,W], as the env took them"""
     log_probs: list[Tensor]
-    """S of [B], `dist.log_prob` of the action (mean over elements) under the policy that acted; 0 where there is no noise"""
+    """S of [B], `dist.log_prob` of the action (a mean over elements) when it was taken; 0 without noise"""
     reward: Tensor
     """[B], of the finished videos"""
     prompt_id: Tensor

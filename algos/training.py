@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -45,6 +45,27 @@ def check_positive(config: Any, *names: str) -> None:
         value = getattr(config, name)
         if not value > 0:
             raise ValueError(f"{type(config).__name__}.{name} is {value}, expected a number > 0")
+
+
+def check_not_negative(config: Any, *names: str) -> None:
+    """Raises ValueError for the first of these config fields that is not >= 0 (`nan` included)."""
+    for name in names:
+        value = getattr(config, name)
+        if not value >= 0:
+            raise ValueError(f"{type(config).__name__}.{name} is {value}, expected a number >= 0")
+
+
+def check_choice(config: Any, name: str, choices: Any) -> None:
+    """Raises ValueError for a config field that is none of the values of its `Literal` type."""
+    value, allowed = getattr(config, name), get_args(choices)
+    if value not in allowed:
+        raise ValueError(f"{type(config).__name__}.{name} is {value!r}, expected one of {', '.join(allowed)}")
+
+
+def adamw(parameters: Sequence[Tensor], config: Any) -> torch.optim.AdamW:
+    """AdamW with a config's learning_rate, betas, eps and weight_decay."""
+    settings = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+    return torch.optim.AdamW(parameters, lr=config.learning_rate, **settings)
 
 
 def optimiser_step(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], max_grad_norm: float) -> Tensor:

@@ -3,8 +3,8 @@
     theta <- theta - lr * grad L(R(decode(x_S), prompt)),   x_{k+1} = A_k x_k + B_k a_theta(x_k, t_k, prompt)
 
 The chain is differentiable, so no log-probability is needed and any noise level serves. Only the last steps carry a
-graph; x at the cut is a constant. AlignProp and DRaFT-K are the same update with other cuts and losses. How many frames are
-decoded, and so how much memory the decoder takes, is the env's `decode_frames` ("random1" is VADER's).
+graph; x at the cut is a constant. AlignProp and DRaFT-K are the same update with other cuts and losses. How many frames
+are decoded, and so how much memory the decoder takes, is the env's `decode_frames` ("random1" is VADER's).
 
 Legend: B = env.num_envs videos of one batch, S = env.num_steps, K = steps with a graph.
 """
@@ -12,13 +12,22 @@ Legend: B = env.num_envs videos of one batch, S = env.num_steps, K = steps with 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from algos import losses
-from algos.training import check_positive, num_batches, optimiser_step, reward_metrics, start_stream
+from algos.training import (
+    adamw,
+    check_choice,
+    check_not_negative,
+    check_positive,
+    num_batches,
+    optimiser_step,
+    reward_metrics,
+    start_stream,
+)
 
 Loss = Literal["one_minus", "target_l1", "negative"]
 Truncation = Literal["last", "random", "step"]
@@ -26,7 +35,7 @@ Truncation = Literal["last", "random", "step"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VADERConfig:
-    """Defaults: the released VideoCrafter2 script (AdamW's: torch's own)."""
+    """Defaults: the released VideoCrafter2 script's (for betas, weight_decay and eps: torch's)."""
 
     learning_rate: float = 2e-4
     """of AdamW, constant"""
@@ -39,7 +48,7 @@ class VADERConfig:
     max_grad_norm: float = 1.0
     """L2 norm the gradient is clipped to"""
     truncation: Truncation = "last"
-    """where the graph starts: before the "last" `backprop_steps`, at a "random" step 0..S-1, or at the step `cutoff_step`"""
+    """where the graph starts: before the "last" `backprop_steps`, at a "random" step, or at the "step" `cutoff_step`"""
     backprop_steps: int = 1
     """K of "last": denoising steps with a graph, 1..S"""
     cutoff_step: int = 15
@@ -56,14 +65,11 @@ class VADERConfig:
     """of the env's stream of prompts and noise, and of random cuts"""
 
     def __post_init__(self) -> None:
-        check_positive(self, "learning_rate", "eps", "max_grad_norm", "backprop_steps", "loss_scale", "videos_per_update")
-        for name, allowed in (("truncation", get_args(Truncation)), ("loss", get_args(Loss))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"VADERConfig.{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
-        if self.weight_decay < 0 or self.cutoff_step < 0:
-            raise ValueError(
-                f"VADERConfig: weight_decay={self.weight_decay} and cutoff_step={self.cutoff_step} must not be negative"
-            )
+        check_positive(self, "learning_rate", "eps", "max_grad_norm", "loss_scale")
+        check_positive(self, "backprop_steps", "videos_per_update")
+        check_not_negative(self, "weight_decay", "cutoff_step")
+        check_choice(self, "truncation", Truncation)
+        check_choice(self, "loss", Loss)
 
     @classmethod
     def preset(cls, model: str) -> VADERConfig:
@@ -87,7 +93,8 @@ class VADER:
         config: see `VADERConfig`.
 
     Raises:
-        ValueError: a reward without gradients, a cut outside the chain, videos_per_update that the env's batch does not divide.
+        ValueError: a reward without gradients, a cut outside the chain, or videos_per_update that the env's batch does
+            not divide.
     """
 
     def __init__(self, env: Any, policy: Any, config: VADERConfig) -> None:
@@ -107,13 +114,7 @@ class VADER:
         self.env, self.policy, self.config = env, policy, config
         self.batches = num_batches(config.videos_per_update, env, "videos_per_update")
         self.parameters = policy.trainable_parameters()
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=config.learning_rate,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-        )
+        self.optimizer = adamw(self.parameters, config)
         self.generator = torch.Generator().manual_seed(config.seed)
         start_stream(env, config.seed)  # from here on the env belongs to this algorithm
 

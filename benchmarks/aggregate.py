@@ -138,15 +138,15 @@ def paired_difference(a: Mapping[int, float], b: Mapping[int, float], level: flo
     return t_interval(difference, level), len(a) + len(b) - 2 * len(common)
 
 
-def iqm(values: ArrayLike) -> float:
-    """Interquartile mean: the mean of the middle half."""
-    return float(stats.trim_mean(np.asarray(values, float).ravel(), 0.25))
+def iqm(values: ArrayLike) -> Array:
+    """Interquartile mean along the last axis: the mean of the middle half."""
+    return np.asarray(stats.trim_mean(np.asarray(values, float), 0.25, axis=-1))
 
 
 def stratified_bootstrap(
     scores: Sequence[ArrayLike],
     *,
-    statistic: Callable[[ArrayLike], float] = iqm,
+    statistic: Callable[[Array], Array] = iqm,
     level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
@@ -155,7 +155,7 @@ def stratified_bootstrap(
 
     Args:
         scores: one [runs] array per task, normalised so that tasks can be pooled (base model 0, best known 1).
-        statistic: of the pooled values.
+        statistic: of the pooled values, along the last axis.
         level: coverage in (0, 1).
         resamples: number of resamples.
         seed: of the resampling.
@@ -167,9 +167,7 @@ def stratified_bootstrap(
     if not tasks or any(not len(task) for task in tasks):
         raise ValueError("stratified_bootstrap needs at least one task, and at least one run in each")
     rng = np.random.default_rng(seed)
-    draws = [
-        statistic(np.concatenate([task[rng.integers(0, len(task), len(task))] for task in tasks]))
-        for _ in range(resamples)
-    ]
+    picked = [task[rng.integers(0, len(task), (resamples, len(task)))] for task in tasks]
+    draws = statistic(np.concatenate(picked, axis=1))
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(statistic(np.concatenate(tasks))), float(low), float(high), sum(map(len, tasks)))

@@ -23,6 +23,7 @@ COLOURS = {"vader": "#0072B2", "ddpo": "#D55E00", "grpo": "#009E73", "dpo": "#CC
 _OTHERS = ("#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F3C8D", "#A5AA99")
 WIDE, NARROW = (7.2, 3.9), (3.7, 3.4)
 """Figure sizes in inches: a page, and a telephone (the same font size, so that it stays readable)."""
+_GAP = ((0, 0), (1, 1), (1, 1), (0, 0))  # a white pixel around every frame
 _STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -95,7 +96,8 @@ def curves(
             if many:
                 grid, centre, low, high = centre_and_band(line)
                 axis.plot(grid, centre, color=own, lw=2.2, drawstyle="steps-post")
-                axis.fill_between(grid, low, high, color=own, alpha=0.18, lw=0, step="post")
+                if np.isfinite(low).any():
+                    axis.fill_between(grid, low, high, color=own, alpha=0.18, lw=0, step="post")
                 ends.append((line.algo, grid[-1], centre[-1]))
             else:
                 x, y = line.runs[0]
@@ -150,22 +152,21 @@ def phases(costs: Mapping[str, Mapping[str, float]], *, size: tuple[float, float
     return figure
 
 
-def strip(rows: Sequence[tuple[str, np.ndarray]], *, title: str = "", frames: int = 8) -> Figure:
-    """Frames of videos, one labelled row for each: (label, uint8 [F, H, W, 3])."""
+def strip(rows: Sequence[tuple[str, np.ndarray]], *, frames: int = 8) -> Figure:
+    """Frames of videos, one labelled row for each: (label, uint8 [F, H, W, 3], all of one size)."""
+    pictures = []
+    for _, video in rows:
+        chosen = video[np.linspace(0, len(video) - 1, min(frames, len(video))).round().astype(int)]
+        pictures.append(np.concatenate(list(np.pad(chosen, _GAP, constant_values=255)), 1))
+    height, width = pictures[0].shape[:2]
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(7.2, 0.95 * len(rows) + 0.2))
-        axes = figure.subplots(len(rows), 1, squeeze=False)
-        for axis, (label, video) in zip(axes[:, 0], rows, strict=True):
-            chosen = video[np.linspace(0, len(video) - 1, min(frames, len(video))).round().astype(int)]
-            gap = np.full((chosen.shape[1], 1, 3), 255, np.uint8)
-            pieces = [piece for frame in chosen for piece in (frame, gap)][:-1]
-            axis.imshow(np.concatenate(pieces, 1), interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            axis.grid(visible=False)
-            axis.spines[:].set_visible(False)
-            axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
-        if title:
-            figure.suptitle(title, fontsize=10)
+        figure, axis = _new((7.2, 7.2 * 0.8 * height * len(rows) / width + 0.2))
+        axis.imshow(np.concatenate(pictures), interpolation="nearest", aspect="equal")
+        axis.set_yticks(height * (np.arange(len(rows)) + 0.5) - 0.5, [label for label, _ in rows], fontsize=8)
+        axis.set_xticks([])
+        axis.tick_params(length=0)
+        axis.grid(visible=False)
+        axis.spines[:].set_visible(False)
     return figure
 
 
@@ -194,16 +195,21 @@ def svg_text(figure: Figure, name: str) -> str:
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = text[text.index("<svg") :]
-    # The ids of matplotlib's groups ("figure_1", "axes_1") are the same in every figure of a page.
-    return re.sub(r'<g id="[A-Za-z]\w*_\d+">', "<g>", text)
+    # The ids of matplotlib's groups ("figure_1", "axes_1") are the same in every figure of a page, and nothing uses them.
+    return re.sub(r'<g id="[^"]*">', "<g>", text)
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Writes the figure as a PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(path, dpi=150)
 
 
 def save(figure: Figure, stem: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Writes <stem>.svg, <stem>.png and, with the numbers behind the figure, <stem>.csv."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": stem.name}):
-        figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
-        figure.savefig(stem.with_suffix(".png"), dpi=150)
+    save_png(figure, stem.with_suffix(".png"))
+    stem.with_suffix(".svg").write_text(svg_text(figure, stem.name), encoding="utf-8")
     with stem.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)

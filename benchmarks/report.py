@@ -23,8 +23,8 @@ from benchmarks.records import GOLD, PROXY, Run, by_algorithm, check_comparable,
 from benchmarks.summary import Summary, answer, explain_unit, show, show_interval, summarise
 
 _QUESTION = "Which algorithm raises the reward most for the same computing time?"
-_SIZES = (plots.WIDE, plots.NARROW)
 _MAX_CLIPS = 6  # prompts shown as playing videos
+_MAX_STRIPS = 3  # prompts shown as frames in report.md
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,24 +187,20 @@ def write_report(root: str | Path) -> Path:
     runs = read_runs(root)
     check_comparable(runs)
     summaries = summarise(runs)
-    drawn = plates(runs)
-    for plate in drawn:
-        plots.save(plate.draw(plots.WIDE), root / "figures" / plate.name, plate.header, plate.rows)
+    figures = [_figure(plate, root / "figures") for plate in plates(runs)]
     columns, rows = clips(runs, summaries)
     if rows:
-        stacked = [
-            (f"{prompt}\n{name}", video) for prompt, row in rows for name, video in zip(columns, row, strict=True)
+        shown = [
+            (f"{prompt}\n{name}", video)
+            for prompt, row in rows[:_MAX_STRIPS]
+            for name, video in zip(columns, row, strict=True)
         ]
-        plots.save(plots.strip(stacked), root / "figures" / "videos", ["row"], [[label] for label, _ in stacked])
+        plots.save_png(plots.strip(shown), root / "figures" / "videos.png")
     content = page.Content(
         title=f"{reward_name(runs[0])}: {', '.join(s.algo for s in summaries)}",
         question=str(runs[0].task.get("question", _QUESTION)),
         answer=answer(summaries, reward_name(runs[0])),
-        figures=[
-            page.Figure(plate.title, plate.text, plate.name,
-                        *(plots.svg_text(plate.draw(size), f"{plate.name}{size[0]}") for size in _SIZES))
-            for plate in drawn
-        ],
+        figures=figures,
         table=table(summaries, device_name(runs[0])),
         table_note=_table_note(summaries),
         clip_columns=columns,
@@ -218,6 +214,14 @@ def write_report(root: str | Path) -> Path:
     path = root / "report.html"
     path.write_text(page.html_page(content), encoding="utf-8")
     return path
+
+
+def _figure(plate: Plate, folder: Path) -> page.Figure:
+    """Draws a plate, writes its files, and returns it for the page."""
+    wide, narrow = (plate.draw(size) for size in (plots.WIDE, plots.NARROW))
+    plots.save(wide, folder / plate.name, plate.header, plate.rows)
+    svg = plots.svg_text(wide, f"{plate.name} wide"), plots.svg_text(narrow, f"{plate.name} narrow")
+    return page.Figure(plate.title, plate.text, plate.name, *svg)
 
 
 def _table_note(summaries: Sequence[Summary]) -> str:

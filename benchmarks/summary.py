@@ -78,8 +78,12 @@ def _change(runs: Sequence[Run], at: Sequence[int], reward: str) -> Change | Non
     if not all(set(after) & set(before) for after, before in pairs):
         return None
     difference, unit = _interval(pairs)
-    after, before = (float(np.mean([np.mean(list(pair[side].values())) for pair in pairs])) for side in (0, 1))
-    return Change(before, after, difference, unit)
+    # Means over the prompts that have both: otherwise the difference would not be after - before.
+    shared = [(after, before, set(after) & set(before)) for after, before in pairs]
+    after_mean, before_mean = (
+        float(np.mean([np.mean([found[side][prompt] for prompt in found[2]]) for found in shared])) for side in (0, 1)
+    )
+    return Change(before_mean, after_mean, difference, unit)
 
 
 def summarise(runs: Sequence[Run]) -> list[Summary]:
@@ -135,7 +139,7 @@ def explain_unit(unit: str, interval: Interval) -> str:
 
 def _moved(change: Change) -> str:
     if not change.difference.excludes_zero:
-        return "leaves unclear"
+        return "does not clearly move"
     return "raises" if change.difference.centre > 0 else "lowers"
 
 

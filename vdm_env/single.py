@@ -2,8 +2,9 @@
 
 Description: as the vector environment (`vdm_env.env`) with one video, without its batch axis and without gradients.
 
-Observation space: the vector environment's dict (latents [C,F,H,W], the other entries of shape []), and unless
-`observe_embedding=False` the tensors the network is conditioned on under the model's own names ("text" [L,D] for most).
+Observation space: the vector environment's dict for one video: latents [C,F,H,W], and the entries that are one number a video of
+shape [1], because Stable-Baselines3 takes no arrays of shape []. Unless `observe_embedding=False` also what the network is
+conditioned on, under the model's own names ("text" [L,D] for most).
 Action space: Box of the latents' shape; infinite, or [-action_bound, action_bound] for code that insists on finite bounds. Actions
 are never clipped here.
 Rewards, starting state, episode end: as there. Arguments: see `vdm_env.make` and `DenoisingEnv`. Version history: v0.
@@ -47,7 +48,8 @@ class DenoisingEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         self.render_mode = env.render_mode
         self.mdp, self.model, self.prompts = self.vector.mdp, self.vector.model, self.vector.prompts
         self.split = self.vector.split
-        self.observation_space = self.vector.single_observation_space
+        spaces = self.vector.single_observation_space.spaces
+        self.observation_space = gymnasium.spaces.Dict({name: _at_least_1d(space) for name, space in spaces.items()})
         box = self.vector.single_action_space
         bound = np.inf if action_bound is None else action_bound
         self.action_space = gymnasium.spaces.Box(-bound, bound, box.shape, box.dtype.type)  # type: ignore[union-attr]
@@ -118,5 +120,10 @@ def _array(value: Tensor) -> np.ndarray:
 
 
 def _row(obs: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    # np.asarray: the row of a [1] array is a numpy scalar otherwise, and checkers want arrays.
-    return {name: np.asarray(_array(value)[0]) for name, value in obs.items()}
+    return {name: np.atleast_1d(_array(value[0])) for name, value in obs.items()}
+
+
+def _at_least_1d(space: gymnasium.Space[Any]) -> gymnasium.Space[Any]:
+    if not isinstance(space, gymnasium.spaces.Box) or space.shape:
+        return space
+    return gymnasium.spaces.Box(space.low.reshape(1), space.high.reshape(1), (1,), space.dtype.type)  # type: ignore[union-attr]

@@ -7,6 +7,7 @@ VideoCrafter2's network is diffusers' UNet3D plus a small frame-rate embedding t
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import open_clip
 import torch
@@ -23,7 +24,14 @@ SD_SCHEDULE = VPSchedule(alphas_cumprod=scaled_linear_alphas_cumprod(1000, 0.000
 """Stable Diffusion's noise schedule, which ModelScope and VideoCrafter2 share."""
 
 MODELSCOPE = ModelSpec(
-    name="ModelScope", height=256, width=256, num_frames=16, spatial_stride=8, size_multiple=8, num_steps=50, guidance_scale=9.0
+    name="ModelScope",
+    height=256,
+    width=256,
+    num_frames=16,
+    spatial_stride=8,
+    size_multiple=8,
+    num_steps=50,
+    guidance_scale=9.0,
 )
 VIDEOCRAFTER2 = ModelSpec(
     name="VideoCrafter2",
@@ -67,7 +75,7 @@ class FpsTimeEmbedding(nn.Module):
 
 def call_unet3d(denoiser: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
     """UNet3D on latents [B,C,F,H,W] and t [B] in [0, 999]."""
-    dtype = next(denoiser.parameters()).dtype
+    dtype: Any = denoiser.dtype
     output = denoiser(x_t.to(dtype), t, encoder_hidden_states=condition["text"].to(dtype), return_dict=False)[0]
     return output.to(x_t.dtype)
 
@@ -75,16 +83,16 @@ def call_unet3d(denoiser: nn.Module, x_t: Tensor, t: Tensor, condition: Conditio
 def load(
     spec: ModelSpec, *, weights: str, scale: str, device: torch.device | str, dtype: torch.dtype, seed: int = 0
 ) -> LatentVideoModel:
-    """`MODELSCOPE` or `VIDEOCRAFTER2`; with `weights="random"` the real architecture untrained, `scale="tiny"` shrinks its widths.
+    """`MODELSCOPE` or `VIDEOCRAFTER2`, `weights="random"`: the architecture untrained; `scale="tiny"` shrinks its widths.
 
     Raises:
         MissingWeightsError: `weights="pretrained"`: the weights do not come with the package.
     """
     if weights == "pretrained":
         raise MissingWeightsError(
-            f"pretrained weights of {spec.name} are not on this machine: they are in the hub repository {_HUB[spec.name]}, and this "
-            f'version cannot read them yet. What works now: make("MovingShapes-HPS") (small trained weights come with the package) '
-            f'or make("{spec.name}-...", weights="random", scale="tiny")'
+            f"pretrained weights of {spec.name} are not on this machine: they are in the hub repository {_HUB[spec.name]}, and "
+            'this version cannot read them yet. What works now: make("MovingShapes-HPS") (small trained weights come with the '
+            f'package) or make("{spec.name}-...", weights="random", scale="tiny")'
         )
     warnings.warn(f"{spec.name} has random weights: use it for tests, speed and memory, not for results", stacklevel=3)
     tiny = scale == "tiny"
@@ -93,7 +101,11 @@ def load(
         width = 32 if tiny else 1024
         unet = (
             UNet3DConditionModel(
-                block_out_channels=(16, 32, 32, 32), attention_head_dim=8, cross_attention_dim=width, norm_num_groups=8, layers_per_block=1
+                block_out_channels=(16, 32, 32, 32),
+                attention_head_dim=8,
+                cross_attention_dim=width,
+                norm_num_groups=8,
+                layers_per_block=1,
             )
             if tiny
             else UNet3DConditionModel()
@@ -125,7 +137,9 @@ def load(
     place = {"device": device, "dtype": dtype}
     schedule = SD_SCHEDULE
     if spec.name == "VideoCrafter2":
-        schedule = VPSchedule(alphas_cumprod=SD_SCHEDULE.alphas_cumprod, prediction="epsilon", latent_scale=latent_scale_lvdm(), spacing="lvdm")
+        schedule = VPSchedule(
+            alphas_cumprod=SD_SCHEDULE.alphas_cumprod, latent_scale=latent_scale_lvdm(), spacing="lvdm"
+        )
     return LatentVideoModel(
         spec=spec,
         denoiser=frozen(unet.to(**place)),
@@ -134,4 +148,3 @@ def load(
         text=TokenTextEncoder(encoder=frozen(text.to(**place)), tokenize=open_clip.get_tokenizer("ViT-H-14")),
         call=call_unet3d,
     )
-

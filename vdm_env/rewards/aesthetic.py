@@ -106,8 +106,8 @@ def build_aesthetic(context: RewardContext) -> AestheticReward:
         path = world_folder(context, "Aesthetic", "rewards", "aesthetic") / "model.safetensors"
         head = head_from(read_tensors(path), path)
     else:
-        address = f"https://github.com/{_HEAD_REPOSITORY}/raw/main/{HEAD_FILE.replace('+', '%2B')}"
-        how = f"curl -L -o {HEAD_FILE} {address}` (a data file of that git repository, sha256 `{HEAD_SHA256}"
+        address = f"https://github.com/{_HEAD_REPOSITORY}/raw/main/{HEAD_FILE}"
+        how = f"`curl -L -O {address}` (a data file of that git repository, sha256 {HEAD_SHA256})"
         (path,) = find_files(context, "Aesthetic", _HEAD_REPOSITORY, [HEAD_FILE], how)
         head = head_from(read_tensors(path), path)
     return AestheticReward(backbone, frozen(head, context))

@@ -84,7 +84,7 @@ def frozen(module: nn.Module, context: RewardContext) -> Any:
     return module.requires_grad_(False).eval().to(device=context.device, dtype=context.dtype)
 
 
-def find_files(context: RewardContext, name: str, repository: str, files: Sequence[str], note: str = "") -> list[Path]:
+def find_files(context: RewardContext, name: str, repository: str, files: Sequence[str], how: str = "") -> list[Path]:
     """Paths of the files of a hub repository, from `context.folder` or the hub's local cache. Never downloads.
 
     In the folder a file may lie directly, or in a sub-folder called like the repository (`HPSv2` or `xswu/HPSv2`).
@@ -104,10 +104,10 @@ def find_files(context: RewardContext, name: str, repository: str, files: Sequen
         path = path or try_to_load_from_cache(repository, file)
         if not isinstance(path, str | Path):
             looked = f"not in {context.folder} and " if context.folder is not None else ""
-            fetch = note or f"hf download {repository} {' '.join(files)}"
+            fetch = how or f"`hf download {repository} {' '.join(files)}`"
             raise MissingWeightsError(
-                f"reward {name!r} needs {', '.join(files)} of the hub repository {repository!r}; {file} is {looked}not "
-                f"in the hub's local cache. Fetch it once with `{fetch}`, or put the files into a folder and pass it. "
+                f"reward {name!r} needs {', '.join(files)} of the repository {repository!r}; {file} is {looked}not "
+                f"in the hub's local cache. Fetch it once with {fetch}, or put the files into a folder and pass it. "
                 "Without any download there are the environment 'MovingShapes-HPS', whose small networks are part of "
                 "this package, and weights='random'"
             )

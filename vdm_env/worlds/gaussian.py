@@ -1,13 +1,13 @@
-"""Gaussian data with the exact denoiser: a test bed in which everything an algorithm should find is known in closed form.
+"""Gaussian data with the exact denoiser: a test bed in which what an algorithm should find is known in closed form.
 
 Each prompt p has a mean m_p per latent channel, and clean latents are x0 ~ N(m_p, s^2 I). The network emits the exact
 posterior mean in the schedule's own terms, which is affine:
 
     a(x_t, t, p) = p_t x_t + q_t m_p
 
-Every sampler of the package is affine too (`vdm_env.transition`), so the sampled x_S is Gaussian with mean gain * m_p and
-a known standard deviation (`final_law`). The means are the network's only weights: training moves them, and where they
-should end up is a division (`optimal_means`).
+Every sampler of the package is affine too (`vdm_env.transition`), so the sampled x_S is Gaussian with mean gain * m_p
+and a known standard deviation (`final_law`). The means are the network's only weights: training moves them, and where
+they should end up is a division (`optimal_means`).
 
 Legend: B videos, P prompts, C latent channels (always 3: red, green, blue), F H W frames, rows, columns.
 """
@@ -44,7 +44,9 @@ class GaussianDenoiser(nn.Module):
     def __init__(self, means: Tensor, std: float, schedule: VPSchedule | FlowSchedule) -> None:
         super().__init__()
         self.std, self.schedule = std, schedule
-        self.mean = nn.Linear(*means.shape, bias=False, device="meta").to_empty(device=means.device).to(means.dtype)
+        prompts, channels = means.shape
+        # skip_init: nn.Linear would draw initial weights from the global random state
+        self.mean = nn.utils.skip_init(nn.Linear, prompts, channels, bias=False, device=means.device, dtype=means.dtype)
         with torch.no_grad():
             self.mean.weight.copy_(means.T)
 
@@ -69,7 +71,7 @@ class GaussianDenoiser(nn.Module):
         return eps[0] - clean[0], eps[1] - clean[1]
 
     def forward(self, x_t: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
-        """a [B,C,F,H,W] at latents x_t [B,C,F,H,W], timesteps t [B] and one-hot prompts [B,P]."""
+        """Network output [B,C,F,H,W] at latents x_t [B,C,F,H,W], timesteps t [B] and one-hot prompts [B,P]."""
         p, q = (c.to(x_t.device, x_t.dtype).view(-1, 1, 1, 1, 1) for c in self.coefficients(t))
         mean = self.mean(prompt.to(self.mean.weight.dtype)).to(x_t.dtype)
         return p * x_t + q * mean[:, :, None, None, None]
@@ -172,7 +174,9 @@ def gaussian_model(
         ValueError: means that are not [P, 3], std <= 0, another number of prompts, or a schedule with a latent scale.
     """
     if means.ndim != 2 or means.shape[1] != 3 or not len(means):
-        raise ValueError(f"means has shape {tuple(means.shape)}, expected [P, 3]: one row per prompt, one column per colour")
+        raise ValueError(
+            f"means has shape {tuple(means.shape)}, expected [P, 3]: one row per prompt, one column per colour"
+        )
     if not std > 0:
         raise ValueError(f"std is {std}, expected a number > 0: the exact denoiser divides by the variance")
     texts = tuple(prompts) if prompts is not None else tuple(f"prompt {i}" for i in range(len(means)))

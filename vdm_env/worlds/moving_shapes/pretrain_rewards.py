@@ -16,21 +16,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import tyro
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast, VideoMAEConfig, VideoMAEForVideoClassification
+from transformers import CLIPModel, PreTrainedTokenizerFast, VideoMAEForVideoClassification
 
 from vdm_env.rewards.aesthetic import AestheticHead
-from vdm_env.rewards.preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, normalise
-from vdm_env.worlds.moving_shapes.networks import MAX_TOKENS, TEXT_WIDTH
-from vdm_env.worlds.moving_shapes.render import DIRECTIONS, NUM_FRAMES, SIZE_PX, captions_of
+from vdm_env.worlds.moving_shapes.render import NUM_FRAMES
 from vdm_env.worlds.moving_shapes.reward_data import (
     Codec,
     Random,
     Targets,
-    cleanness,
     degrade,
     direction_targets,
     generated_videos,
@@ -40,8 +36,14 @@ from vdm_env.worlds.moving_shapes.reward_data import (
     synthetic_videos,
 )
 from vdm_env.worlds.moving_shapes.reward_metrics import action_metrics, clip_metrics
-
-HEAD_WIDTHS = (64, 32, 16, 8)
+from vdm_env.worlds.moving_shapes.reward_networks import (
+    HEAD_WIDTHS,
+    action_logits,
+    build_action,
+    build_clip,
+    image_features,
+    text_features,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,71 +73,6 @@ class Config:
     """largest root mean square change of a latent by its adversarial part, in latent deviations"""
     seed: int = 0
     num_threads: int = 1
-
-
-def build_clip(tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
-    """0.29 M parameters: 4 layers of 64 over 8x8 patches of 4 px, 2 layers of 64 over 8 tokens."""
-    vision = {
-        "hidden_size": 64,
-        "intermediate_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "image_size": SIZE_PX,
-        "patch_size": 4,
-        "hidden_act": "gelu",
-        "projection_dim": 64,
-    }
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": TEXT_WIDTH,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": MAX_TOKENS,
-        "hidden_act": "gelu",
-        "projection_dim": 64,
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
-
-
-def build_action() -> VideoMAEForVideoClassification:
-    """0.2 M parameters: 4 layers of 64 over 4x4x4 patches of 2 frames and 8 px."""
-    return VideoMAEForVideoClassification(
-        VideoMAEConfig(
-            image_size=SIZE_PX,
-            patch_size=8,
-            num_frames=NUM_FRAMES,
-            tubelet_size=2,
-            hidden_size=64,
-            intermediate_size=256,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            use_mean_pooling=True,
-            id2label={i: f"moving {d}" for i, d in enumerate(DIRECTIONS)},
-        )
-    )
-
-
-def image_features(model: CLIPModel, frames: Tensor) -> Tensor:
-    """Unit features [N,D] of frames in [0,1]."""
-    pixels = normalise(frames, CLIP_MEAN, CLIP_STD)
-    return F.normalize(model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
-
-
-def text_features(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, directions: Tensor) -> Tensor:
-    """Unit features [7,4,D] of the captions of all colours and shapes, with the given directions [7,4]."""
-    labels = torch.cartesian_prod(torch.arange(7), torch.arange(4))
-    captions = captions_of(torch.cat([labels, directions.reshape(-1, 1)], 1))
-    tokens = tokenizer(captions, padding="max_length", return_tensors="pt")
-    return F.normalize(model.get_text_features(**tokens).pooler_output, dim=-1).view(7, 4, -1)
-
-
-def action_logits(model: VideoMAEForVideoClassification, video: Tensor) -> Tensor:
-    """Logits [B,4] of videos in [0,1]."""
-    return model(pixel_values=normalise(video, IMAGENET_MEAN, IMAGENET_STD)).logits
 
 
 def climb_pixels(objective: Callable[[Tensor], Tensor], pixels: Tensor, size: Tensor) -> Tensor:
@@ -183,51 +120,56 @@ def train_clip(config: Config, codec: Codec, generated: Tensor | None) -> tuple[
         torch.manual_seed(config.seed)
         model, head = build_clip(tokenizer).train(), AestheticHead(64, HEAD_WIDTHS).eval()
     model.logit_scale.requires_grad_(False).fill_(torch.log(torch.tensor(20.0)))
-    optimizer, schedule = _optimizer(config, [*model.parameters(), *head.parameters()], config.clip_steps)
+    learner = Learner(config, "clip", [*model.parameters(), *head.parameters()], config.clip_steps)
     n = config.clip_batch
-    running: list[float] = []
     for step in range(config.clip_steps):
         frames, targets, ideal = synthetic_frames(n, draw)
         frames[: n // 4] = codec.round_trip(frames[: n // 4], draw)
         if generated is not None:
             k = n // 4
-            pick = generated[draw.integers(len(generated), k), draw.integers(NUM_FRAMES, k)].float() / 255
-            measured, ideal[-k:] = measure_frames(pick)
-            targets = Targets(*(torch.cat([a[:-k], b]) for a, b in zip(_parts(targets), _parts(measured), strict=True)))
-            frames[-k:] = pick
+            frames[-k:] = generated[draw.integers(len(generated), k), draw.integers(NUM_FRAMES, k)].float() / 255
+            measured, ideal[-k:] = measure_frames(frames[-k:])
+            targets = targets.replaced(slice(n - k, n), measured)
         frames = degrade(frames, draw)
-        present = (targets.clean > 0).float()
         text = text_features(model, tokenizer, draw.integers(4, 7, 4))
-        fixed = text.detach()
-        if step >= config.clip_steps // 10:  # the attack means nothing before there is something to attack
-            m, k = n // 3, n // 8
-            order = torch.randperm(n, generator=draw.generator)
-            pixel, latent = order[:m], order[m : m + k]
-            now = Targets(
-                targets.colour[pixel], targets.shape[pixel], present[pixel] * cleanness(frames[pixel], ideal[pixel])
+        if step >= config.clip_steps // 10:  # an attack means nothing before there is something to attack
+            frames, targets, ideal = _attack_clip(
+                config, codec, draw, model, head, text.detach(), frames, targets, ideal
             )
-            frames[pixel] = climb_pixels(
-                lambda x, now=now, t=fixed: clip_loss(model, head, t, x, now).sum(),
-                frames[pixel],
-                draw.uniform(m, low=0.005, high=config.max_attack),
-            )
-            wish = fixed.flatten(0, 1)[draw.integers(28, k)]
-            frames[latent] = climb_latents(
-                codec,
-                lambda x, w=wish: (image_features(model, x) * w).sum(),
-                frames[latent],
-                draw.uniform(k, high=config.max_latent_attack),
-            )
-            moved, ideal[latent] = measure_frames(frames[latent])
-            for old, new in zip(_parts(targets), _parts(moved), strict=True):
-                old[latent] = new
-        targets = Targets(targets.colour, targets.shape, present * cleanness(frames, ideal))
-        loss = clip_loss(model, head, text, frames, targets).mean()
-        running.append(_update(optimizer, schedule, loss))
-        if step % 100 == 99 or step == config.clip_steps - 1:
-            print(f"clip: step {step + 1} mean loss {sum(running) / len(running):.4f}", flush=True)
-            running = []
+        targets = targets.seen_as(frames, ideal)
+        learner.update(step, clip_loss(model, head, text, frames, targets).mean())
     return model.eval(), head.eval()
+
+
+def _attack_clip(
+    config: Config,
+    codec: Codec,
+    draw: Random,
+    model: CLIPModel,
+    head: AestheticHead,
+    text: Tensor,
+    frames: Tensor,
+    targets: Targets,
+    ideal: Tensor,
+) -> tuple[Tensor, Targets, Tensor]:
+    """Moves a third of the frames in pixels, up the loss, and an eighth in latents, towards any caption."""
+    n = len(frames)
+    m, k = n // 3, n // 8
+    order = torch.randperm(n, generator=draw.generator)
+    pixel, latent = order[:m], order[m : m + k]
+    now = targets[pixel].seen_as(frames[pixel], ideal[pixel])
+    wish = text.flatten(0, 1)[draw.integers(28, k)]
+
+    def loss(x: Tensor) -> Tensor:
+        return clip_loss(model, head, text, x, now).sum()
+
+    def likeness(x: Tensor) -> Tensor:
+        return (image_features(model, x) * wish).sum()
+
+    frames[pixel] = climb_pixels(loss, frames[pixel], draw.uniform(m, low=0.005, high=config.max_attack))
+    frames[latent] = climb_latents(codec, likeness, frames[latent], draw.uniform(k, high=config.max_latent_attack))
+    measured, ideal[latent] = measure_frames(frames[latent])
+    return frames, targets.replaced(latent, measured), ideal
 
 
 def train_action(config: Config, codec: Codec, generated: Tensor | None) -> VideoMAEForVideoClassification:
@@ -236,13 +178,8 @@ def train_action(config: Config, codec: Codec, generated: Tensor | None) -> Vide
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + 1)
         model = build_action().train()
-    optimizer, schedule = _optimizer(config, list(model.parameters()), config.action_steps)
+    learner = Learner(config, "action", list(model.parameters()), config.action_steps)
     n = config.action_batch
-    running: list[float] = []
-
-    def loss_of(video: Tensor, target: Tensor) -> Tensor:
-        return -(target * action_logits(model, video).log_softmax(1)).sum(1)
-
     for step in range(config.action_steps):
         video, velocity = synthetic_videos(n, draw)
         if generated is not None:
@@ -254,48 +191,67 @@ def train_action(config: Config, codec: Codec, generated: Tensor | None) -> Vide
         video = degrade(video.flatten(0, 1), draw, 0.5).unflatten(0, (n, NUM_FRAMES))
         target = direction_targets(velocity)
         if step >= config.action_steps // 5:
-            m, k = n // 3, n // 16
-            order = torch.randperm(n, generator=draw.generator)
-            pixel, latent = order[:m], order[m : m + k]
-            video[pixel] = climb_pixels(
-                lambda x, t=target[pixel]: loss_of(x, t).sum(),
-                video[pixel],
-                draw.uniform(m, low=0.005, high=config.max_attack),
-            )
-            # A latent step of this size bends a picture but does not carry its shape elsewhere: the direction stays.
-            moved = climb_latents(
-                codec,
-                lambda x, t=target[latent], k=k: loss_of(x.unflatten(0, (k, NUM_FRAMES)), t).sum(),
-                video[latent].flatten(0, 1),
-                draw.uniform(k, high=config.max_latent_attack / 2).repeat_interleave(NUM_FRAMES),
-                num_steps=1,
-            )
-            video[latent] = moved.unflatten(0, (k, NUM_FRAMES))
-        running.append(_update(optimizer, schedule, loss_of(video, target).mean()))
-        if step % 100 == 99 or step == config.action_steps - 1:
-            print(f"action: step {step + 1} mean loss {sum(running) / len(running):.4f}", flush=True)
-            running = []
+            video = _attack_action(config, codec, draw, model, video, target)
+        learner.update(step, action_loss(model, video, target).mean())
     return model.eval()
 
 
-def _parts(targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
-    return targets.colour, targets.shape, targets.clean
+def action_loss(model: VideoMAEForVideoClassification, video: Tensor, target: Tensor) -> Tensor:
+    """Cross entropy [B] with soft labels [B,4]."""
+    return -(target * action_logits(model, video).log_softmax(1)).sum(1)
 
 
-def _optimizer(config: Config, parameters: list[nn.Parameter], steps: int):  # type: ignore[no-untyped-def]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=steps, pct_start=0.08)
-    return optimizer, schedule
+def _attack_action(
+    config: Config,
+    codec: Codec,
+    draw: Random,
+    model: VideoMAEForVideoClassification,
+    video: Tensor,
+    target: Tensor,
+) -> Tensor:
+    """Moves a third of the videos in pixels and a sixteenth in latents, up the loss.
+
+    A latent step of this size bends a picture but does not carry its shape elsewhere: the direction stays.
+    """
+    n = len(video)
+    m, k = n // 3, n // 16
+    order = torch.randperm(n, generator=draw.generator)
+    pixel, latent = order[:m], order[m : m + k]
+
+    def loss(x: Tensor) -> Tensor:
+        return action_loss(model, x, target[pixel]).sum()
+
+    def loss_of_frames(x: Tensor) -> Tensor:
+        return action_loss(model, x.unflatten(0, (k, NUM_FRAMES)), target[latent]).sum()
+
+    video[pixel] = climb_pixels(loss, video[pixel], draw.uniform(m, low=0.005, high=config.max_attack))
+    size = draw.uniform(k, high=config.max_latent_attack / 2).repeat_interleave(NUM_FRAMES)
+    moved = climb_latents(codec, loss_of_frames, video[latent].flatten(0, 1), size, num_steps=1)
+    video[latent] = moved.unflatten(0, (k, NUM_FRAMES))
+    return video
 
 
-def _update(optimizer, schedule, loss: Tensor) -> float:  # type: ignore[no-untyped-def]
-    optimizer.zero_grad()
-    loss.backward()
-    for group in optimizer.param_groups:
-        nn.utils.clip_grad_norm_(group["params"], 1.0)
-    optimizer.step()
-    schedule.step()
-    return loss.item()
+class Learner:
+    """AdamW, one cycle of the learning rate, gradients clipped to norm 1; prints the mean loss every 100 updates."""
+
+    def __init__(self, config: Config, name: str, parameters: list[nn.Parameter], num_steps: int) -> None:
+        self.name, self.parameters, self.num_steps = name, parameters, num_steps
+        rate = config.learning_rate
+        self.optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.02)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, rate, total_steps=num_steps, pct_start=0.08)
+        self.losses: list[float] = []
+
+    def update(self, step: int, loss: Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.losses.append(loss.item())
+        if step % 100 == 99 or step == self.num_steps - 1:
+            mean = sum(self.losses) / len(self.losses)
+            print(f"{self.name}: step {step + 1} of {self.num_steps} mean loss {mean:.4f}", flush=True)
+            self.losses = []
 
 
 def main(config: Config) -> None:

@@ -60,6 +60,19 @@ class Targets:
         weight = self.colour[:, :, None] * self.shape[:, None, :] + 1e-3
         return weight / weight.sum((1, 2), keepdim=True)
 
+    def __getitem__(self, rows: Tensor) -> Targets:
+        return Targets(self.colour[rows], self.shape[rows], self.clean[rows])
+
+    def replaced(self, rows: Tensor | slice, by: Targets) -> Targets:
+        """A copy in which `rows` are those of `by`."""
+        new = Targets(self.colour.clone(), self.shape.clone(), self.clean.clone())
+        new.colour[rows], new.shape[rows], new.clean[rows] = by.colour, by.shape, by.clean
+        return new
+
+    def seen_as(self, frames: Tensor, ideal: Tensor) -> Targets:
+        """The same content, as clean as `frames` are against `ideal`; where there was no shape, none appears."""
+        return Targets(self.colour, self.shape, (self.clean > 0) * cleanness(frames, ideal))
+
 
 def cleanness(frames: Tensor, ideal: Tensor) -> Tensor:
     """exp(-mean |frame - ideal| / 0.05), [N]."""
@@ -171,7 +184,7 @@ def degrade(frames: Tensor, draw: Random, share: float = 0.7) -> Tensor:
 
 
 def synthetic_frames(n: int, draw: Random) -> tuple[Tensor, Targets, Tensor]:
-    """Clean pictures (n of them) with possibly wrong colours and deformed shapes; targets and ideals measured on them."""
+    """Pictures [n,3,H,W] with possibly wrong colours and deformed shapes; targets and ideals measured on them."""
     foreground, background = sample_colours(n, draw)
     radius = draw.uniform(n, low=4.5, high=6.5)
     centre = 1.2 * radius[:, None] + (SIZE_PX - 2.4 * radius[:, None]) * draw.uniform(n, 2)
