@@ -137,8 +137,8 @@ class DDPO:
         self.batches = num_batches(config.videos_per_rollout, env, "videos_per_rollout")
         if self.batches % config.updates_per_rollout:
             raise ValueError(
-                f"updates_per_rollout is {config.updates_per_rollout}, expected a divisor of the {self.batches} batches "
-                f"of a rollout (videos_per_rollout={config.videos_per_rollout} / num_envs={env.num_envs}); set it to 1"
+                f"updates_per_rollout is {config.updates_per_rollout}, expected a divisor of {self.batches} batches "
+                f"(videos_per_rollout={config.videos_per_rollout} / num_envs={env.num_envs}); set it to 1"
             )
         self.parameters = policy.trainable_parameters()
         self.optimizer = adamw(self.parameters, config)
@@ -153,8 +153,8 @@ class DDPO:
             reward_mean, reward_std, reward_group_std_mean, zero_std_fraction; over all (video, step) pairs trained on,
             before each pair's optimiser step: loss, ratio_mean, ratio_std, clip_fraction_low, clip_fraction_high,
             kl_old_nats (second-order estimate from the log-ratios, summed over noisy steps); ratio_first_error = max
-            |r - 1| of the first micro-batch, 0 unless rollout and update disagree; grad_norm (mean over optimiser steps,
-            before clipping), learning_rate, optimiser_steps.
+            |r - 1| of the first micro-batch, 0 unless rollout and update disagree; grad_norm (mean over optimiser
+            steps, before clipping), learning_rate, optimiser_steps.
 
         Raises:
             FloatingPointError: the gradient is not finite; this optimiser step was not taken.

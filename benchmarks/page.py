@@ -72,20 +72,20 @@ _CSS = """
 * { box-sizing: border-box; }
 body { margin: 0; background: #fff; color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto,
   "Helvetica Neue", Arial, sans-serif; overflow-wrap: anywhere; }
-main { max-width: 60rem; margin: 0 auto; padding: 2rem 1rem 4rem; }
+main { max-width: 66rem; margin: 0 auto; padding: 2rem 1rem 4rem; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .75rem; }
 h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
 .question { font-size: 1.1rem; font-weight: 600; margin: 0 0 .5rem; }
 .answer { border-left: 4px solid #0072B2; background: var(--tint); padding: .75rem 1rem; margin: 0 0 1.5rem; }
-figure { margin: 0; }
+figure { margin: 0; max-width: 56rem; }
 figcaption, .note { color: var(--soft); font-size: .9rem; margin-top: .4rem; }
 svg { width: 100%; height: auto; display: block; }
 svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif !important; }
 .narrow { display: none; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-.results td, .results th { white-space: nowrap; overflow-wrap: normal; }
-th, td { text-align: left; padding: .4rem .7rem .4rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+.results td { white-space: nowrap; } .results th { overflow-wrap: normal; vertical-align: bottom; }
+th, td { text-align: left; padding: .4rem .8rem .4rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 .setup th { font-weight: 600; width: 11rem; }
 .clips { display: grid; gap: .5rem .75rem; max-width: 44rem; align-items: center; }
 .clips .prompt { grid-column: 1 / -1; font-weight: 600; margin-top: .6rem; }

@@ -33,8 +33,6 @@ _STYLE = {
     "axes.titlesize": 10,
     "svg.fonttype": "none",
     "font.family": "sans-serif",
-    "savefig.bbox": "tight",
-    "savefig.pad_inches": 0.05,
 }
 
 
@@ -46,11 +44,18 @@ class Line:
     runs: Sequence[tuple[np.ndarray, np.ndarray]]
 
 
-def _new(size: tuple[float, float]) -> tuple[Figure, Axes]:
-    """A figure on the Agg canvas, outside of pyplot, which would keep it open and choose a window system."""
+def _new(
+    size: tuple[float, float], *, left: float = 0.7, right: float = 0.75, top: float = 0.12
+) -> tuple[Figure, Axes]:
+    """A figure on the Agg canvas, outside of pyplot, which would keep it open and choose a window system.
+
+    Margins are in inches and fixed: fitting them to the text would draw everything twice.
+    """
     figure = Figure(figsize=size)
     FigureCanvasAgg(figure)
-    return figure, figure.subplots()
+    axis = figure.subplots()
+    figure.subplots_adjust(left=left / size[0], right=1 - right / size[0], bottom=0.55 / size[1], top=1 - top / size[1])
+    return figure, axis
 
 
 def colour(algo: str) -> str:
@@ -104,12 +109,17 @@ def curves(
                 ends.append((line.algo, x[-1], y[-1]))
         if base is not None:
             axis.axhline(base, color="0.35", ls="--", lw=1)
-            axis.annotate("untrained model", (0.02, base), xycoords=("axes fraction", "data"), xytext=(0, 3),
-                          textcoords="offset points", color="0.35", fontsize=9)  # fmt: skip
+            rises = sum(y - base for _, _, y in ends) >= 0
+            axis.annotate(
+                "untrained model", (1, base), xycoords=("axes fraction", "data"), xytext=(-2, -3 if rises else 3),
+                textcoords="offset points", color="0.35", fontsize=9, ha="right", va="top" if rises else "bottom",
+            )  # fmt: skip
+        axis.margins(x=0.02, y=0.12)
         if log_x:
             # Evaluations before training cost nothing: a plain log axis would lose them.
             positive = [value for line in lines for x, _ in line.runs for value in x if value > 0]
             axis.set_xscale("symlog", linthresh=min(positive, default=1.0))
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")  # plain numbers: 10^2 is drawn very slowly
             axis.set_xlim(left=0)
         axis.set(xlabel=x_label, ylabel=y_label)
         _label_ends(axis, ends)
@@ -138,7 +148,8 @@ def phases(costs: Mapping[str, Mapping[str, float]], *, size: tuple[float, float
     """Seconds per update by phase, {algorithm: {phase: seconds}}, as stacked horizontal bars."""
     shades = ("#4C4C4C", "#7A7A7A", "#A8A8A8", "#D0D0D0")
     with matplotlib.rc_context(_STYLE):
-        figure, axis = _new((size[0], 1.2 + 0.45 * len(costs)))
+        longest = max(map(len, costs), default=1)
+        figure, axis = _new((size[0], 1.2 + 0.45 * len(costs)), left=0.3 + 0.08 * longest, right=0.15, top=0.4)
         names = sorted({phase for parts in costs.values() for phase in parts})
         left = np.zeros(len(costs))
         for index, phase in enumerate(names):
@@ -160,7 +171,9 @@ def strip(rows: Sequence[tuple[str, np.ndarray]], *, frames: int = 8) -> Figure:
         pictures.append(np.concatenate(list(np.pad(chosen, _GAP, constant_values=255)), 1))
     height, width = pictures[0].shape[:2]
     with matplotlib.rc_context(_STYLE):
-        figure, axis = _new((7.2, 7.2 * 0.8 * height * len(rows) / width + 0.2))
+        longest = max((len(part) for label, _ in rows for part in label.split("\n")), default=1)
+        left = 0.2 + 0.065 * longest
+        figure, axis = _new((7.2, (7.1 - left) * height * len(rows) / width + 0.67), left=left, right=0.1)
         axis.imshow(np.concatenate(pictures), interpolation="nearest", aspect="equal")
         axis.set_yticks(height * (np.arange(len(rows)) + 0.5) - 0.5, [label for label, _ in rows], fontsize=8)
         axis.set_xticks([])
@@ -172,9 +185,8 @@ def strip(rows: Sequence[tuple[str, np.ndarray]], *, frames: int = 8) -> Figure:
 
 def _label_ends(axis: Axes, ends: Sequence[tuple[str, float, float]]) -> None:
     """Writes each algorithm's name at the end of its line, moved apart where two would overlap."""
-    axis.margins(x=0.02)
     figure = axis.figure
-    figure.canvas.draw()
+    axis.get_xlim(), axis.get_ylim()  # settles the limits, which text is placed by
     known = [(algo, x, y) for algo, x, y in ends if np.isfinite(y)]
     known.sort(key=lambda end: axis.transData.transform((end[1], end[2]))[1])
     lowest = -np.inf
@@ -195,7 +207,7 @@ def svg_text(figure: Figure, name: str) -> str:
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = text[text.index("<svg") :]
-    # The ids of matplotlib's groups ("figure_1", "axes_1") are the same in every figure of a page, and nothing uses them.
+    # The ids of matplotlib's groups ("figure_1", "axes_1") are in every figure of a page; nothing uses them.
     return re.sub(r'<g id="[^"]*">', "<g>", text)
 
 

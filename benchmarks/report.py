@@ -137,7 +137,7 @@ def table(summaries: Sequence[Summary], device: str) -> tuple[list[str], list[li
     rewards = [name for name in (PROXY, GOLD) if any(name in s.changes for s in summaries)]
     for name in rewards:
         word = {PROXY: "reward", GOLD: "gold score"}[name]
-        head += [f"{word} before", f"{word} after", f"{word} change"]
+        head += [f"{word} before \u2192 after", f"{word} change"]
     rows = []
     for s in summaries:
         passes = s.costs["denoiser_forwards"] + s.costs["denoiser_backwards"]
@@ -146,9 +146,9 @@ def table(summaries: Sequence[Summary], device: str) -> tuple[list[str], list[li
         for name in rewards:
             change = s.changes.get(name)
             row += (
-                [show(change.before), show(change.after), show_interval(change.difference, change.unit)]
+                [f"{show(change.before)} \u2192 {show(change.after)}", show_interval(change.difference, change.unit)]
                 if change
-                else ["-"] * 3
+                else ["-"] * 2
             )
         rows.append(row)
     return head, rows

@@ -158,7 +158,8 @@ def answer(summaries: Sequence[Summary], reward_name: str) -> str:
             if change.difference.excludes_zero and change.difference.centre > 0 > gold.difference.high:
                 text += ": over-optimisation"
         parts.append(text + ")")
-    start = f"Measured by {reward_name} on prompts not trained on: "
+    split = next((row["split"] for summary in summaries for run in summary.runs for row in run.evals), "fixed")
+    start = f"Measured by {reward_name} on {split} prompts: "
     return start + ", ".join(parts) + _ranking(summaries) + "."
 
 
@@ -169,10 +170,11 @@ def _ranking(summaries: Sequence[Summary]) -> str:
     texts = []
     for a, b in combinations(summaries, 2):
         interval, unit = difference(a, b)
+        if interval.centre < 0:
+            a, b, interval = b, a, Interval(-interval.centre, -interval.high, -interval.low, interval.n)
         shown = f"{show_interval(interval, unit)}, {explain_unit(unit, interval)}"
         if interval.excludes_zero:
-            better, worse = (a, b) if interval.centre > 0 else (b, a)
-            texts.append(f"at equal cost {better.algo} ends above {worse.algo} ({a.algo} - {b.algo}: {shown})")
+            texts.append(f"at equal cost {a.algo} ends above {b.algo} ({a.algo} - {b.algo}: {shown})")
         else:
             texts.append(f"at equal cost {a.algo} and {b.algo} cannot be told apart ({a.algo} - {b.algo}: {shown})")
     return "; " + "; ".join(texts)

@@ -12,3 +12,7 @@ class MissingWeightsError(FileNotFoundError):
 
 class CorruptWeightsError(ValueError):
     """A weight file is there but cannot be used: truncated, damaged, of another architecture, or unsafe to unpickle."""
+
+
+class ContractError(ValueError):
+    """A plugged-in environment, reward or model breaks its contract; the message says where and what to do."""

@@ -1,12 +1,17 @@
 """The `UNet3DConditionModel` family: ModelScope, VideoCrafter2 and the embedded UNet. Epsilon prediction, DDIM.
 
 VideoCrafter2's network is diffusers' UNet3D plus a small frame-rate embedding that is added after the time embedding's MLP
-(`FpsTimeEmbedding`); its latents carry the scale s_t (`vdm_env.schedule.latent_scale_lvdm`).
+(`FpsTimeEmbedding`); its latents carry the scale s_t (`vdm_env.schedule.latent_scale_lvdm`). Its checkpoint is read by
+`vdm_env.models.lvdm`. T2V-Turbo builds on it in `vdm_env.models.t2v_turbo`.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -16,12 +21,21 @@ from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embeddin
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from vdm_env.errors import MissingWeightsError
+from vdm_env.models import local_weights, lvdm
 from vdm_env.models.base import Condition, FrameCodec, LatentVideoModel, ModelSpec, TokenTextEncoder, frozen
+from vdm_env.models.loading import load_folder
+from vdm_env.models.local_weights import Published
 from vdm_env.schedule import VPSchedule, latent_scale_lvdm, scaled_linear_alphas_cumprod
 
-SD_SCHEDULE = VPSchedule(alphas_cumprod=scaled_linear_alphas_cumprod(1000, 0.00085, 0.012), prediction="epsilon")
-"""Stable Diffusion's noise schedule, which ModelScope and VideoCrafter2 share."""
+SD_SCHEDULE = VPSchedule(
+    alphas_cumprod=scaled_linear_alphas_cumprod(lvdm.NUM_TRAIN_TIMESTEPS, lvdm.BETA_START, lvdm.BETA_END),
+    prediction="epsilon",
+)
+"""Stable Diffusion's noise schedule, which ModelScope, VideoCrafter2 and T2V-Turbo share."""
+LVDM_SCHEDULE = VPSchedule(
+    alphas_cumprod=SD_SCHEDULE.alphas_cumprod, prediction="epsilon", latent_scale=latent_scale_lvdm(), spacing="lvdm"
+)
+"""The same with VideoCrafter2's latent scale and LVDM's grid."""
 
 MODELSCOPE = ModelSpec(
     name="ModelScope",
@@ -44,86 +58,212 @@ VIDEOCRAFTER2 = ModelSpec(
     guidance_scale=12.0,
     fps=10.0,
 )
-_HUB = {
-    "ModelScope": "ali-vilab/text-to-video-ms-1.7b (folders unet, vae, text_encoder, tokenizer, scheduler)",
-    "VideoCrafter2": "VideoCrafter/VideoCrafter2 (file model.ckpt)",
+PUBLISHED = {
+    "ModelScope": Published(
+        model="ModelScope",
+        repository="ali-vilab/text-to-video-ms-1.7b",
+        files=("unet/*", "vae/*", "text_encoder/*"),
+        size="about 3.7 GB in float16, 7.4 GB in float32",
+        licence="CC-BY-NC by its model card, not for commercial use",
+    ),
+    "VideoCrafter2": Published(
+        model="VideoCrafter2",
+        repository="VideoCrafter/VideoCrafter2",
+        files=("model.ckpt",),
+        size="about 3.7 GB in float16, 7.4 GB in float32 (1.85 billion parameters with autoencoder and text encoder)",
+        licence="the one on the repository's page, not confirmed here; read it before anything but research",
+    ),
 }
-CONDITIONING_FPS = 28.0  # VideoCrafter2's inference script conditions on 28 frames a second (and saves at 10)
-
-
-class FpsTimeEmbedding(nn.Module):
-    """Time embedding plus a frame-rate embedding of VideoCrafter2: time_mlp(emb(t)) + fps_mlp(emb(fps)).
-
-    Args:
-        time_embedding: the UNet's own MLP.
-        channels: width of the sinusoid, the UNet's first block's width.
-        hidden: width of the embedding.
-    """
-
-    def __init__(self, time_embedding: nn.Module, channels: int, hidden: int) -> None:
-        super().__init__()
-        self.time_embedding = time_embedding
-        self.fps_embedding = TimestepEmbedding(channels, hidden)
-        self.channels = channels
-        self.fps = CONDITIONING_FPS
-
-    def forward(self, sample: Tensor, condition: Tensor | None = None) -> Tensor:
-        fps = torch.full((len(sample),), self.fps, device=sample.device)
-        sinusoid = get_timestep_embedding(fps, self.channels, flip_sin_to_cos=True, downscale_freq_shift=0)
-        return self.time_embedding(sample, condition) + self.fps_embedding(sinusoid.to(sample.dtype))
-
-
 def call_unet3d(denoiser: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-    """UNet3D on latents [B,C,F,H,W] and t [B] in [0, 999]."""
-    dtype: Any = denoiser.dtype
-    output = denoiser(x_t.to(dtype), t, encoder_hidden_states=condition["text"].to(dtype), return_dict=False)[0]
+    """UNet3D on latents [B,C,F,H,W] and t [B] in [0, 999].
+
+    The condition holds "text" [B,L,D] and, for VideoCrafter2's network, optionally "fps" [B] or [B,1].
+
+    Raises:
+        ValueError: a condition the network does not take.
+    """
+    dtype = next(denoiser.parameters()).dtype
+    numbers = {name: value for name, value in condition.items() if name != "text"}
+    if numbers and not isinstance(denoiser.time_embedding, FpsTimeEmbedding):
+        raise ValueError(f"this network is conditioned on text alone, not on {sorted(numbers)}; leave them out")
+    text = condition["text"].to(dtype)
+    output = denoiser(x_t.to(dtype), t, encoder_hidden_states=text, timestep_cond=numbers or None, return_dict=False)[0]
     return output.to(x_t.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextWithNumbers(TokenTextEncoder):
+    """A text encoder whose conditions also carry fixed numbers, such as the frame rate, as [B,1]; "" has them too."""
+
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+    def __call__(self, prompts: Sequence[str]) -> Condition:
+        condition = super().__call__(prompts)
+        like = condition["text"]
+        return condition | {
+            name: torch.full((len(like), 1), value, dtype=torch.float32, device=like.device)
+            for name, value in self.numbers.items()
+        }
+
+
+# ---------------------------------------------------------------------------------------------------- loading
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """The networks of one model; `conditioning` are the weights around its time embedding (None: random ones)."""
+
+    unet: Any
+    vae: Any
+    text: Any
+    conditioning: dict[str, Tensor] | None = None
+
+
+def build(
+    spec: ModelSpec,
+    parts: Parts,
+    schedule: VPSchedule,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    numbers: Mapping[str, float] | None = None,
+    call: Callable[[nn.Module, Tensor, Tensor, Condition], Tensor] = call_unet3d,
+) -> LatentVideoModel:
+    """Puts a model together, frozen and in place; `numbers` are conditions all its prompts carry."""
+    place: dict[str, Any] = {"device": device, "dtype": dtype}
+    return LatentVideoModel(
+        spec=spec,
+        denoiser=frozen(parts.unet.to(**place)),
+        schedule=schedule,
+        codec=FrameCodec(vae=frozen(parts.vae.to(**place))),
+        # Padding is id 0, as VideoCrafter2 and Stable Diffusion 2 were trained with.
+        text=TextWithNumbers(
+            encoder=frozen(parts.text.to(**place)),
+            tokenize=open_clip.get_tokenizer("ViT-H-14", context_length=parts.text.config.max_position_embeddings),
+            numbers=numbers or {},
+        ),
+        call=call,
+    )
 
 
 def load(
     spec: ModelSpec, *, weights: str, scale: str, device: torch.device | str, dtype: torch.dtype, seed: int = 0
 ) -> LatentVideoModel:
-    """`MODELSCOPE` or `VIDEOCRAFTER2`, `weights="random"`: the architecture untrained; `scale="tiny"` shrinks its widths.
+    """`MODELSCOPE` or `VIDEOCRAFTER2`; with `weights="random"` the real architecture untrained, `scale="tiny"` shrinks its widths.
+
+    Pretrained weights are looked for as `vdm_env.models.local_weights` says; VideoCrafter2's `model.ckpt` is converted on first use.
 
     Raises:
-        MissingWeightsError: `weights="pretrained"`: the weights do not come with the package.
+        MissingWeightsError: `weights="pretrained"` and they are not on this machine.
+        CorruptWeightsError: they are, but truncated, damaged, or of another architecture.
     """
+    lvdm_model = spec.name == "VideoCrafter2"
     if weights == "pretrained":
-        raise MissingWeightsError(
-            f"pretrained weights of {spec.name} are not on this machine: they are in the hub repository {_HUB[spec.name]}, and "
-            'this version cannot read them yet. What works now: make("MovingShapes-HPS") (small trained weights come with the '
-            f'package) or make("{spec.name}-...", weights="random", scale="tiny")'
+        parts = (
+            load_videocrafter2(device=device, dtype=dtype)
+            if lvdm_model
+            else _load_modelscope(device=device, dtype=dtype)
         )
-    warnings.warn(f"{spec.name} has random weights: use it for tests, speed and memory, not for results", stacklevel=3)
-    tiny = scale == "tiny"
-    with torch.random.fork_rng(devices=[]), torch.device(device):
+        if lvdm_model:
+            add_fps_embedding(parts.unet, parts.conditioning)
+    else:
+        warnings.warn(
+            f"{spec.name} has random weights: use it for tests, speed and memory, not for results", stacklevel=3
+        )
+        with seeded(seed, device):
+            parts = random_parts(scale, spec.width)
+            if lvdm_model:
+                add_fps_embedding(parts.unet)
+    if lvdm_model:
+        return build(spec, parts, LVDM_SCHEDULE, device=device, dtype=dtype, numbers={"fps": CONDITIONING_FPS})
+    return build(spec, parts, SD_SCHEDULE, device=device, dtype=dtype)
+
+
+def load_videocrafter2(*, device: torch.device | str, dtype: torch.dtype) -> Parts:
+    """VideoCrafter2's networks from this machine; converts `model.ckpt` once where only that is there.
+
+    Raises:
+        MissingWeightsError, CorruptWeightsError: see `load`.
+    """
+    published = PUBLISHED["VideoCrafter2"]
+    folder = local_weights.find_folder(published, lvdm.is_converted)
+    if folder is None:
+        checkpoint = local_weights.find_file(published, published.files[0])
+        if checkpoint is None:
+            raise local_weights.missing(published)
+        folder = lvdm.convert_file(checkpoint, local_weights.home() / published.model)
+    return load_converted(folder, device=device, dtype=dtype)
+
+
+def load_converted(folder: Path, *, device: torch.device | str, dtype: torch.dtype) -> Parts:
+    """Networks of a folder that `lvdm.save_folders` wrote; the frame-rate embedding is not put in yet (`add_fps_embedding`).
+
+    Raises:
+        MissingWeightsError, CorruptWeightsError: a part is not there, or damaged.
+    """
+    parts = _load_networks(folder, device=device, dtype=dtype)
+    return Parts(
+        unet=parts.unet,
+        vae=parts.vae,
+        text=parts.text,
+        conditioning=lvdm.read_checkpoint(folder / "conditioning" / "model.safetensors"),
+    )
+
+
+def _load_networks(folder: Path, *, device: torch.device | str, dtype: torch.dtype) -> Parts:
+    place: dict[str, Any] = {"device": device, "dtype": dtype}
+    return Parts(
+        unet=load_folder(UNet3DConditionModel, folder / "unet", **place),
+        vae=load_folder(AutoencoderKL, folder / "vae", **place),
+        text=load_folder(CLIPTextModel, folder / "text_encoder", **place),
+    )
+
+
+def _load_modelscope(*, device: torch.device | str, dtype: torch.dtype) -> Parts:
+    published = PUBLISHED["ModelScope"]
+    folder = local_weights.find_folder(
+        published, lambda p: (p / "unet" / "config.json").is_file() and not (p / lvdm.MARKER).is_file()
+    )
+    if folder is None:
+        cached = local_weights.find_cached(published, "unet/config.json")
+        if cached is None:
+            raise local_weights.missing(published)
+        folder = cached.parents[1]
+    return _load_networks(folder, device=device, dtype=dtype)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | str) -> Iterator[None]:
+    """Modules made inside are drawn on `device` from `seed`; the global generators are left as they were."""
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(seed)
-        width = 32 if tiny else 1024
-        unet = (
-            UNet3DConditionModel(
-                block_out_channels=(16, 32, 32, 32),
-                attention_head_dim=8,
-                cross_attention_dim=width,
-                norm_num_groups=8,
-                layers_per_block=1,
-            )
-            if tiny
-            else UNet3DConditionModel()
-        )
-        if spec.name == "VideoCrafter2":
-            channels = unet.config.block_out_channels[0]
-            unet.time_embedding = FpsTimeEmbedding(unet.time_embedding, channels, 4 * channels)
-        blocks = (8, 8, 8, 8) if tiny else (128, 256, 512, 512)
-        vae = AutoencoderKL(
+        yield
+
+
+def random_parts(scale: str, sample_size: int) -> Parts:
+    """Untrained networks at full or tiny size, drawn from the global generator (see `seeded`)."""
+    tiny = scale == "tiny"
+    width = 32 if tiny else 1024
+    small: dict[str, Any] = dict(
+        block_out_channels=(16, 32, 32, 32),
+        attention_head_dim=8,
+        cross_attention_dim=width,
+        norm_num_groups=8,
+        layers_per_block=1,
+    )
+    return Parts(
+        unet=UNet3DConditionModel(**small) if tiny else UNet3DConditionModel(),
+        vae=AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=blocks,
+            block_out_channels=(8, 8, 8, 8) if tiny else (128, 256, 512, 512),
             layers_per_block=1 if tiny else 2,
             latent_channels=4,
             norm_num_groups=4 if tiny else 32,
-            sample_size=spec.width,
-        )
-        text = CLIPTextModel(
+            sample_size=sample_size,
+        ),
+        text=CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=49408,
                 hidden_size=width,
@@ -133,18 +273,5 @@ def load(
                 hidden_act="gelu",
                 eos_token_id=49407,
             )
-        )
-    place = {"device": device, "dtype": dtype}
-    schedule = SD_SCHEDULE
-    if spec.name == "VideoCrafter2":
-        schedule = VPSchedule(
-            alphas_cumprod=SD_SCHEDULE.alphas_cumprod, latent_scale=latent_scale_lvdm(), spacing="lvdm"
-        )
-    return LatentVideoModel(
-        spec=spec,
-        denoiser=frozen(unet.to(**place)),
-        schedule=schedule,
-        codec=FrameCodec(vae=frozen(vae.to(**place))),
-        text=TokenTextEncoder(encoder=frozen(text.to(**place)), tokenize=open_clip.get_tokenizer("ViT-H-14")),
-        call=call_unet3d,
+        ),
     )

@@ -1,8 +1,9 @@
 """Pretrains the MovingShapes networks; stages can run alone and in parallel once `vae` and `text` are done.
 
-    python -m vdm_env.worlds.moving_shapes.pretrain --stages text vae flow unet rewards --out weights_new
+    python -m vdm_env.worlds.moving_shapes.pretrain --out weights_new
+    python -m vdm_env.worlds.moving_shapes.pretrain_rewards --base weights_new --out weights_new --generated 1024
 
-On two CPU cores the whole takes under three hours; with `--device cuda` some minutes. The diffusion models are stopped early on
+On two CPU cores that takes under three hours. The diffusion models are stopped early on
 purpose: they know colour and shape well and the direction of motion badly, which leaves alignment something to do.
 """
 
@@ -34,13 +35,17 @@ class Config:
     out: Path
     """folder that receives the stages' folders"""
     stages: tuple[str, ...] = ("text", "vae", "flow", "unet")
-    """of text, vae, flow, unet, rewards; in this order"""
+    """of text, vae, flow, unet; run in the order given"""
     vae_steps: int = 3000
     """optimiser updates of the autoencoder, 48 frames each"""
     flow_steps: int = 5000
-    """optimiser updates of the flow transformer"""
+    """length of the flow transformer's learning-rate schedule, in updates"""
+    flow_stop: int = 3500
+    """update at which it is stopped; on purpose before the schedule ends"""
     unet_steps: int = 3000
-    """optimiser updates of the epsilon UNet"""
+    """length of the epsilon UNet's learning-rate schedule, in updates"""
+    unet_stop: int = 3000
+    """update at which it is stopped"""
     batch_size: int = 32
     """videos an update of a diffusion model"""
     num_videos: int = 16384
@@ -144,7 +149,9 @@ def _latents_and_text(config: Config) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat(latents), torch.cat(texts), embed([""])
 
 
-def _train_diffusion(config: Config, net: nn.Module, kind: str, steps: int, learning_rate: float) -> None:
+def _train_diffusion(
+    config: Config, net: nn.Module, kind: str, *, steps: int, stop: int, learning_rate: float
+) -> None:
     latents, texts, empty = _latents_and_text(config)
     generator = torch.Generator().manual_seed(config.seed + 3)
     net.to(config.device)
@@ -155,7 +162,7 @@ def _train_diffusion(config: Config, net: nn.Module, kind: str, steps: int, lear
     schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, decay], [100])
     alphas = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod
     running = 0.0
-    for step in trange(steps, desc=kind, mininterval=10):
+    for step in trange(min(steps, stop), desc=kind, mininterval=10):
         index = torch.randint(len(latents), (config.batch_size,), generator=generator)
         x0, text = latents[index], texts[index]
         drop = torch.rand(len(x0), generator=generator) < UNCONDITIONAL_SHARE
@@ -182,7 +189,7 @@ def _train_diffusion(config: Config, net: nn.Module, kind: str, steps: int, lear
             for k, v in net.state_dict().items():
                 average[k].lerp_(v, 1 - beta)
         running += loss.item()
-        if step % 250 == 249 or step == steps - 1:
+        if step % 250 == 249 or step == min(steps, stop) - 1:
             print(f"{kind}: step {step + 1} mean loss {running / (step % 250 + 1):.4f}", flush=True)
             running = 0.0
             live = {k: v.clone() for k, v in net.state_dict().items()}
@@ -194,7 +201,8 @@ def _train_diffusion(config: Config, net: nn.Module, kind: str, steps: int, lear
 def train_flow(config: Config) -> None:
     torch.manual_seed(config.seed + 4)
     FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT).save_pretrained(config.out / "flow" / "scheduler")
-    _train_diffusion(config, networks.build_flow_transformer(), "flow", config.flow_steps, 2e-3)
+    net = networks.build_flow_transformer()
+    _train_diffusion(config, net, "flow", steps=config.flow_steps, stop=config.flow_stop, learning_rate=2e-3)
 
 
 def train_unet(config: Config) -> None:
@@ -207,7 +215,8 @@ def train_unet(config: Config) -> None:
         set_alpha_to_one=False,
         steps_offset=1,
     ).save_pretrained(config.out / "unet" / "scheduler")
-    _train_diffusion(config, networks.build_unet(), "unet", config.unet_steps, 2e-3)
+    net = networks.build_unet()
+    _train_diffusion(config, net, "unet", steps=config.unet_steps, stop=config.unet_stop, learning_rate=2e-3)
 
 
 def main(config: Config) -> None:
