@@ -34,7 +34,7 @@ QUESTION = (
     "With the same computing time, does reward back-propagation (VADER) or a policy gradient (DDPO) raise the reward "
     "more, and does the true preference (gold score) follow?"
 )
-_NUM_PROMPTS, _NOISE_SEEDS, _NUM_VIDEOS = 16, (0, 1), 6
+_NUM_PROMPTS, _NOISE_SEEDS, _NUM_VIDEOS, _EVALUATIONS = 16, (0, 1), 6, 6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +54,7 @@ def train(name: str, config: DemoConfig) -> Any:
     started = time.perf_counter()
     import algos
     import vdm_env
-    from algos.run import run_folder
+    from algos.run import run_folder, seconds
 
     classes: dict[str, tuple[Any, Any]] = {
         "vader": (algos.VADER, algos.VADERConfig),
@@ -73,6 +73,7 @@ def train(name: str, config: DemoConfig) -> Any:
         out=run_folder(Path(config.out).parent, Path(config.out).name, name, ENV_ID, config.seed),
         budget=config.budget,
         evaluate=evaluator,
+        eval_every=f"{seconds(config.budget) / _EVALUATIONS}s",
         seed=config.seed,
         task=_task(env, config),
         algo=name,

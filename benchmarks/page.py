@@ -84,7 +84,7 @@ svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, Arial, san
 .narrow { display: none; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-.results td { white-space: nowrap; } .results th { overflow-wrap: normal; vertical-align: bottom; }
+.results td, .results th { overflow-wrap: normal; padding-right: 1.5rem; }
 th, td { text-align: left; padding: .4rem .8rem .4rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 .setup th { font-weight: 600; width: 11rem; }
 .clips { display: grid; gap: .5rem .75rem; max-width: 44rem; align-items: center; }

@@ -132,26 +132,26 @@ def _seeds(runs: Sequence[Run]) -> int:
 
 
 def table(summaries: Sequence[Summary], device: str) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the results table."""
-    head = ["algorithm", "seeds", "ended", f"{device}-hours", "updates", "reward queries", "denoiser passes"]
-    rewards = [name for name in (PROXY, GOLD) if any(name in s.changes for s in summaries)]
-    for name in rewards:
-        word = {PROXY: "reward", GOLD: "gold score"}[name]
-        head += [f"{word} before \u2192 after", f"{word} change"]
-    rows = []
-    for s in summaries:
-        passes = s.costs["denoiser_forwards"] + s.costs["denoiser_backwards"]
-        row = [s.algo, str(len(s.runs)), s.status, f"{s.device_s / 3600:.4f}", f"{s.costs['update']:.0f}",
-               f"{s.costs['reward_queries']:.0f}", f"{passes:.0f}"]  # fmt: skip
-        for name in rewards:
-            change = s.changes.get(name)
-            row += (
-                [f"{show(change.before)} \u2192 {show(change.after)}", show_interval(change.difference, change.unit)]
-                if change
-                else ["-"] * 2
-            )
-        rows.append(row)
-    return head, rows
+    """Header and rows of the results table: a column for each algorithm."""
+    rows = [
+        ["seeds", *(str(len(s.runs)) for s in summaries)],
+        ["ended", *(s.status for s in summaries)],
+        [f"{device}-hours per run", *(f"{s.device_s / 3600:.4f}" for s in summaries)],
+        ["updates", *(f"{s.costs['update']:.0f}" for s in summaries)],
+        ["videos sampled", *(f"{s.costs['videos_sampled']:,.0f}" for s in summaries)],
+        ["reward queries", *(f"{s.costs['reward_queries']:,.0f}" for s in summaries)],
+        ["denoiser forward passes", *(f"{s.costs['denoiser_forwards']:,.0f}" for s in summaries)],
+        ["denoiser backward passes", *(f"{s.costs['denoiser_backwards']:,.0f}" for s in summaries)],
+    ]
+    for name, word in ((PROXY, "reward"), (GOLD, "gold score")):
+        changes = [s.changes.get(name) for s in summaries]
+        if any(changes):
+            rows += [
+                [f"{word}, before", *(show(c.before) if c else "-" for c in changes)],
+                [f"{word}, after", *(show(c.after) if c else "-" for c in changes)],
+                [f"{word}, change", *(show_interval(c.difference, c.unit) if c else "-" for c in changes)],
+            ]
+    return ["", *(s.algo for s in summaries)], rows
 
 
 def clips(runs: Sequence[Run], summaries: Sequence[Summary]) -> tuple[list[str], list[tuple[str, list[np.ndarray]]]]:

@@ -33,6 +33,8 @@ def _text_encoder() -> TokenTextEncoder:
         num_hidden_layers=1,
         num_attention_heads=2,
         max_position_embeddings=8,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
     return TokenTextEncoder(

@@ -1,6 +1,7 @@
 """Open-Sora 1.2 against the original networks and sampler: STDiT3, both autoencoder stages, guided trajectories.
 
-Shapes, sizes, step counts, guidance and names are read from the reference files, so any other set of the same layout works.
+Shapes, sizes, step counts, guidance and names are read from the reference files, so any other set of the same layout
+works.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import torch
 from golden import golden_json, golden_tensors, nested
 from torch import Tensor
 
-from vdm_env.models.opensora import call_stdit3, load_exactly, release_schedule
-from vdm_env.models.opensora_vae import OpenSoraVAE, VideoVAEConfig, temporal_config
+from vdm_env.models.opensora import call_stdit3, release_schedule
+from vdm_env.models.opensora_vae import OpenSoraVAE, TemporalVAEConfig, VideoVAEConfig, temporal_config
+from vdm_env.models.opensora_weights import load_exactly
 from vdm_env.models.stdit3 import STDiT3, STDiT3Config, position_embedding
 from vdm_env.schedule import FlowSchedule
 from vdm_env.transition import step
@@ -124,7 +126,8 @@ def test_network_full_size_keys() -> None:
     with torch.device("meta"):
         net = STDiT3(STDiT3Config.of(want["config"]))
     assert {k: list(v.shape) for k, v in net.state_dict().items()} == want["state_dict_shapes"]
-    # The original counts the rotary frequencies as parameters; here they are a buffer, which LoRA and optimisers leave alone.
+    # The original counts the rotary frequencies as parameters; here they are a buffer, which LoRA and optimisers
+    # leave alone.
     assert sum(p.numel() for p in net.parameters()) + net.rope.freqs.numel() == want["n_params"]
 
 
@@ -175,7 +178,7 @@ def test_vae_full_size_keys() -> None:
     assert {k: list(v.shape) for k, v in net.state_dict().items()} == golden_json(VAE, "full_size_keys.json")
     assert sum(p.numel() for p in net.temporal_vae.parameters()) == config["full_params"]["temporal"]
     assert sum(p.numel() for p in net.spatial_vae.parameters()) == config["full_params"]["spatial"]
-    assert vae_config(small=False) == VideoVAEConfig()  # what the loader builds
+    assert vae_config(small=False).temporal == TemporalVAEConfig()  # what the loader builds
 
 
 # ------------------------------------------------------------------------------------------------------ trajectories
@@ -186,7 +189,10 @@ class Sampler:
 
     def __init__(self, run: dict[str, Any], inputs: dict[str, Tensor], r: dict[str, Tensor]) -> None:
         self.run, self.r, self.mask = run, r, inputs["mask"]
-        self.y, self.null = inputs["y"].flatten(1, 2), network().y_embedder.y_embedding.expand_as(inputs["y"].flatten(1, 2))
+        self.y, self.null = (
+            inputs["y"].flatten(1, 2),
+            network().y_embedder.y_embedding.expand_as(inputs["y"].flatten(1, 2)),
+        )
         self.size = {name: float(inputs[name][0]) for name in ("height", "width", "fps")}
         frames, height, width = (int(inputs[name][0]) for name in ("num_frames", "height", "width"))
         schedule = release_schedule(frames, height, width) if run["timestep_transform"] else FlowSchedule()

@@ -1,10 +1,12 @@
-"""VideoCrafter2 against the original LVDM classes: names and shapes, UNet, sampling with the network, autoencoder, text encoder.
+"""VideoCrafter2 against the original LVDM classes: names, shapes, UNet, sampling, autoencoder, text encoder.
 
-Sizes, shapes, steps, guidance and names are read from the reference files, so any other set of the same layout works.
+Sizes, shapes, steps, guidance and names are read from the reference files, so any other set of the same layout
+works.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from functools import cache
@@ -20,8 +22,10 @@ from transformers import CLIPTextModel
 
 from vdm_env.models import lvdm
 from vdm_env.models.base import FrameCodec, TokenTextEncoder, frozen
-from vdm_env.models.lvdm_keys import AutoencoderSizes, TextSizes, UNetSizes, text_entries, unet_entries, vae_entries
-from vdm_env.models.unet3d import add_fps_embedding, call_unet3d
+from vdm_env.models.conditioning import add_fps_embedding
+from vdm_env.models.lvdm_keys import text_entries, unet_entries, vae_entries
+from vdm_env.models.lvdm_sizes import AutoencoderSizes, TextSizes, UNetSizes
+from vdm_env.models.unet3d import call_unet3d
 from vdm_env.schedule import VPSchedule, latent_scale_lvdm, scaled_linear_alphas_cumprod
 from vdm_env.transition import step
 
@@ -45,9 +49,32 @@ def unet_of(folder: str) -> Any:
     return frozen(network)
 
 
+@cache
+def exact_unet_of(folder: str) -> Any:
+    return copy.deepcopy(unet_of(folder)).double()
+
+
 @pytest.fixture
 def unet() -> Any:
     return unet_of(str(golden(UNET)))
+
+
+@pytest.fixture
+def exact() -> Any:
+    """The same in float64.
+
+    Narrow networks on small latents normalise groups of one element, which amplifies float32 rounding 300-fold, and
+    differently on every processor: only float64 shows how well two implementations agree.
+    """
+    return exact_unet_of(str(golden(UNET)))
+
+
+def run(network: Any, case: dict[str, Tensor], **changed: Tensor) -> Tensor:
+    case = case | changed
+    dtype = next(network.parameters()).dtype
+    with torch.no_grad():
+        condition = {"text": case["context"].to(dtype), "fps": case["fps"]}
+        return call_unet3d(network, case["x"].to(dtype), case["timesteps"], condition)
 
 
 # -------------------------------------------------------------------------------------------- names and shapes
@@ -128,29 +155,23 @@ def test_embeddings_of_time_and_frame_rate(unet: Any) -> None:
     within(total, want["emb_total"], 5e-5)
 
 
-def test_unet_outputs(unet: Any) -> None:
+def test_unet_outputs(unet: Any, exact: Any) -> None:
     cases = nested(golden_tensors(UNET, "cases.safetensors"))
     assert cases
     for case in cases.values():
-        with torch.no_grad():
-            got = call_unet3d(unet, case["x"], case["timesteps"], {"text": case["context"], "fps": case["fps"]})
-        within(got, case["output"], 5e-5, 1e-4)
+        within(run(exact, case), case["output"], 5e-5, 1e-4)
+        within(run(unet, case), case["output"], 4e-4, 1e-4)
 
 
-def test_each_video_has_its_own_frame_rate(unet: Any) -> None:
-    cases = nested(golden_tensors(UNET, "cases.safetensors")).values()
-    mixed = [case for case in cases if len(set(case["fps"].tolist())) > 1]
-    assert mixed
-    for case in mixed:
-        for i in range(len(case["x"])):
-            alone = {"text": case["context"][i : i + 1], "fps": case["fps"][i : i + 1, None]}
-            with torch.no_grad():
-                got = call_unet3d(unet, case["x"][i : i + 1], case["timesteps"][i : i + 1], alone)
-            within(got, case["output"][i : i + 1], 5e-5, 1e-4)
-        with torch.no_grad():
-            other = {"text": case["context"], "fps": case["fps"].flip(0)}
-            swapped = call_unet3d(unet, case["x"], case["timesteps"], other)
-        assert (swapped - case["output"]).abs().max() > 1e-3
+def test_each_video_has_its_own_frame_rate(exact: Any) -> None:
+    cases = [c for c in nested(golden_tensors(UNET, "cases.safetensors")).values() if len(c["x"]) > 1]
+    assert cases
+    for case in cases:
+        last = {name: tensor[-1:] for name, tensor in case.items()}
+        within(run(exact, last, fps=last["fps"][:, None]), last["output"], 5e-5, 1e-4)
+        got = run(exact, case, fps=torch.cat([case["fps"][:-1], case["fps"][-1:] + 7]))
+        within(got[:-1], case["output"][:-1], 5e-5, 1e-4)
+        assert (got[-1] - case["output"][-1]).abs().max() > 1e-3
 
 
 # ---------------------------------------------------------------------------------------------------- sampling
@@ -158,16 +179,18 @@ def test_each_video_has_its_own_frame_rate(unet: Any) -> None:
 
 def runs() -> list[tuple[dict, dict[str, Tensor]]]:
     tensors = nested(golden_tensors(DDIM, "trajectories.safetensors"))
-    found = [(run, tensors[run["run"]]) for run in golden_json(DDIM, "runs.json")["runs"]]
+    found = [(setting, tensors[setting["run"]]) for setting in golden_json(DDIM, "runs.json")["runs"]]
     assert found
     return found
 
 
-def table_of(run: dict) -> Any:
+def table_of(setting: dict) -> Any:
     p = golden_json(DDIM, "runs.json")["params"]
-    scale = latent_scale_lvdm(p["timesteps"], p["scale_b"], p["mid_step"]) if run["use_scale"] else None
+    scale = latent_scale_lvdm(p["timesteps"], p["scale_b"], p["mid_step"]) if setting["use_scale"] else None
     alphas = scaled_linear_alphas_cumprod(p["timesteps"], p["linear_start"], p["linear_end"])
-    return VPSchedule(alphas_cumprod=alphas, latent_scale=scale, spacing="lvdm").table(run["S"], "ddim", run["eta"])
+    return VPSchedule(alphas_cumprod=alphas, latent_scale=scale, spacing="lvdm").table(
+        setting["S"], "ddim", setting["eta"]
+    )
 
 
 def both(unet: Any, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,21 +205,21 @@ def both(unet: Any, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def test_network_along_the_reference_trajectories(unet: Any) -> None:
-    run, r = runs()[-1]
-    for k in range(run["n_steps"]):
+    setting, r = runs()[-1]
+    for k in range(setting["n_steps"]):
         eps_u, eps_c = both(unet, r["x_t"][k], r["t"][k])
         within(eps_c, r["eps_cond"][k], 2e-4)
-        if run["cfg"] != 1:
+        if setting["cfg"] != 1:
             within(eps_u, r["eps_uncond"][k], 2e-4)
 
 
 def test_free_running_trajectories(unet: Any) -> None:
     start = nested(golden_tensors(DDIM, "trajectories.safetensors"))["inputs"]["x_T"]
-    for run, r in runs():
-        table, x = table_of(run), start
-        for k in range(run["n_steps"]):
+    for setting, r in runs():
+        table, x = table_of(setting), start
+        for k in range(setting["n_steps"]):
             eps_u, eps_c = both(unet, x, table.timesteps[k])
-            action = eps_c if run["cfg"] == 1 else eps_u + run["cfg"] * (eps_c - eps_u)
+            action = eps_c if setting["cfg"] == 1 else eps_u + setting["cfg"] * (eps_c - eps_u)
             action = action + float(table.sigma[k] / table.B[k]) * r["noise"][k]
             x = step(table, x, action, torch.full((len(x),), k))
         within(x, r["sample"], 2e-2)

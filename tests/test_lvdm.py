@@ -1,4 +1,4 @@
-"""VideoCrafter2's and T2V-Turbo's files: conversion, strictness, loading from this machine, and what is said when they are not there."""
+"""VideoCrafter2's and T2V-Turbo's files: conversion, strictness, loading, and what is said when they are missing."""
 
 from __future__ import annotations
 
@@ -16,16 +16,9 @@ from torch import Tensor
 from vdm_env import make
 from vdm_env.errors import CorruptWeightsError, MissingWeightsError
 from vdm_env.grids import latent_scale_lvdm, scaled_linear_alphas_cumprod
-from vdm_env.models import local_weights, lvdm, t2v_turbo, unet3d
-from vdm_env.models.lvdm_keys import (
-    AutoencoderSizes,
-    Entry,
-    TextSizes,
-    UNetSizes,
-    text_entries,
-    unet_entries,
-    vae_entries,
-)
+from vdm_env.models import conditioning, local_weights, lvdm, t2v_turbo, unet3d
+from vdm_env.models.lvdm_keys import Entry, text_entries, unet_entries, vae_entries
+from vdm_env.models.lvdm_sizes import AutoencoderSizes, TextSizes, UNetSizes
 
 SIZES = lvdm.Sizes(
     unet=UNetSizes(
@@ -357,7 +350,7 @@ def test_turbo_environment(spec: Any) -> None:
 
 def test_guidance_embedding_is_checked() -> None:
     with pytest.raises(ValueError, match="even number"):
-        t2v_turbo.guidance_embedding(torch.ones(1), 3)
+        conditioning.guidance_embedding(torch.ones(1), 3)
     with pytest.warns(UserWarning, match="random weights"):
         model = t2v_turbo.load(t2v_turbo.T2V_TURBO_V2, weights="random", scale="tiny", **PLACE)
     condition = model.encode_prompts(["a"])

@@ -118,4 +118,5 @@ def test_embedded_models_know_colour_and_shape_but_not_direction(model):
     score = gold_score(info["video"], [env.prompts[i] for i in obs["prompt_id"].tolist()])
     assert score.colour.mean() >= 0.95
     assert score.shape.mean() >= 0.85
-    assert 0.25 <= score.direction.mean() <= 0.75
+    # From chance (a quarter, less three standard errors of 112 videos) to three quarters.
+    assert 0.13 <= score.direction.mean() <= 0.75

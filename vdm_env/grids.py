@@ -113,7 +113,7 @@ def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
     """The timestep shift, sigma -> r sigma / (1 + (r - 1) sigma) with r = shift > 0; 0 and 1 stay."""
     if not shift > 0:
         raise ValueError(f"shift must be > 0, got {shift}")
-    return shift * sigmas / (1 + (shift - 1) * sigmas)
+    return shift * sigmas / ((1 - sigmas) + shift * sigmas)  # in this form sigma = 1 stays exactly 1
 
 
 def flow_sigmas(num_steps: int, shift: float = 1.0) -> Tensor:

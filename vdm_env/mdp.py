@@ -197,8 +197,15 @@ class DenoisingMDP:
             self._embed(new, [self.prompts[i] for i in new])
         return self._gather(ids)
 
-    def unconditional(self, batch: int) -> Condition:
-        """The empty prompt's condition, `batch` times."""
+    def unconditional(self, batch: int, condition: Condition | None = None) -> Condition:
+        """The empty prompt's condition, `batch` times.
+
+        A model may make it from the prompts' own `condition` instead (Open-Sora's null caption shares the prompt's mask): then
+        it has a method `unconditional(condition)`.
+        """
+        of_condition = getattr(self.model, "unconditional", None)
+        if of_condition is not None and condition is not None:
+            return of_condition(condition)
         if -1 not in self._conditions:
             self._embed([-1], [""])
         return self._gather([-1] * batch)

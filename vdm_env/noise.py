@@ -48,8 +48,8 @@ def normal(video_seeds: Tensor | Sequence[int], steps: Tensor | int, shape: Sequ
     Returns:
         [B, *shape] float32 on the CPU: drawn there so that a seed means the same on every device.
     """
-    seeds = [int(s) for s in video_seeds]
-    at = [int(steps)] * len(seeds) if isinstance(steps, int) else [int(k) for k in steps]
+    seeds = video_seeds.tolist() if isinstance(video_seeds, Tensor) else [int(s) for s in video_seeds]
+    at = [steps] * len(seeds) if isinstance(steps, int) else steps.tolist()
     noise = torch.empty(len(seeds), *shape)
     for row, (seed, step) in enumerate(zip(seeds, at, strict=True)):
         torch.randn(tuple(shape), generator=generator_for(seed, step), out=noise[row])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
@@ -148,7 +149,8 @@ class DenoisingPolicy(nn.Module):
             targets = list(lora_targets or mdp.model.spec.lora_targets)
             self._config = LoraConfig(r=lora_rank, lora_alpha=lora_alpha or lora_rank, target_modules=targets, lora_dropout=0.0)
             devices = [mdp.device] if mdp.device.type == "cuda" else []
-            with torch.random.fork_rng(devices=devices):
+            with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several policies on a network are meant
                 torch.manual_seed(noise.mix(seed))
                 inject_adapter_in_model(self._config, mdp.model.denoiser, adapter_name=self._adapter)
             mdp.model.denoiser._active_policy = "unknown"
@@ -180,7 +182,7 @@ class DenoisingPolicy(nn.Module):
         w = self.guidance_scale
         if w == 1.0:
             return self._network(x, t, condition)
-        empty = mdp.unconditional(len(x))
+        empty = mdp.unconditional(len(x), condition)
         both = {name: torch.cat([empty[name], condition[name]]) for name in condition}
         a_u, a_c = self._network(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
         return a_u + w * (a_c - a_u)

@@ -212,6 +212,8 @@ def make(
     frames = spec.num_frames if num_frames is None else num_frames
     size = (frames, spec.height if height is None else height, spec.width if width is None else width)
     model.latent_shape(*size)  # an impossible size is refused before rewards are loaded
+    if hasattr(model, "with_size"):  # Open-Sora's grid shift and positions depend on the size
+        model = model.with_size(*size)
     if isinstance(reward, str):
         reward = {reward: 1.0}
     if isinstance(reward, Mapping):

@@ -12,7 +12,7 @@ from vdm_env.models.base import ModelSpec, VideoModel
 
 
 class ModelEntry(NamedTuple):
-    """A model by name: its spec (None until it is loaded, for plug-ins), its loader, one line about it."""
+    """A model by name: its loader and one line about it."""
 
     load: Callable[..., VideoModel]
     summary: str
@@ -23,7 +23,7 @@ def _moving_shapes(flow: bool) -> Callable[..., VideoModel]:
         from vdm_env.models import moving_shapes
 
         spec = moving_shapes.FLOW_SPEC if flow else moving_shapes.UNET_SPEC
-        return moving_shapes.load(spec, weights=weights, device=device, dtype=dtype)
+        return moving_shapes.load(spec, weights=weights, device=device, dtype=dtype, seed=seed)
 
     return load
 
@@ -38,10 +38,17 @@ def _unet3d(name: str) -> Callable[..., VideoModel]:
     return load
 
 
+def _opensora(*, weights: str, scale: str, device: Any, dtype: Any, seed: int = 0) -> VideoModel:
+    from vdm_env.models import opensora
+
+    return opensora.load(opensora.OPENSORA12, weights=weights, scale=scale, device=device, dtype=dtype, seed=seed)
+
+
 MODELS: dict[str, ModelEntry] = {
     "MovingShapes": ModelEntry(_moving_shapes(flow=True), "embedded flow-matching WanTransformer3DModel, weights included"),
     "MovingShapesUNet": ModelEntry(_moving_shapes(flow=False), "embedded epsilon UNet3D with DDIM, weights included"),
     "VideoCrafter2": ModelEntry(_unet3d("VideoCrafter2"), "UNet3D, 320x512, 16 frames, scaled DDIM; random weights only so far"),
+    "OpenSora1.2": ModelEntry(_opensora, "STDiT3, 240x426, 51 frames, rectified flow"),
     "ModelScope": ModelEntry(_unet3d("ModelScope"), "UNet3D, 256x256, 16 frames, DDIM; random weights only so far"),
 }
 

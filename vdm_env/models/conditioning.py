@@ -1,8 +1,8 @@
 """Numbers that condition VideoCrafter2's and T2V-Turbo's UNet besides text: frame rate, guidance scale, motion scale.
 
-The original network adds them around the time embedding, where diffusers' `UNet3DConditionModel` has one place for a single vector. The
-modules here take the place of its `time_embedding`; the UNet's argument `timestep_cond` then carries a dictionary of numbers, one for each
-video, so that videos of one batch may differ in all of them.
+The original network adds them around the time embedding, where diffusers' `UNet3DConditionModel` has one place for a
+single vector. The modules here take the place of its `time_embedding`; the UNet's argument `timestep_cond` then
+carries a dictionary of numbers, one for each video, so that videos of one batch may differ in all of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from torch import Tensor, nn
 
 from vdm_env.models import lvdm
 
-CONDITIONING_FPS = 28.0  # VideoCrafter2's inference script conditions on 28 frames a second (and saves at 10)
+CONDITIONING_FPS = 28.0
+"""VideoCrafter2's inference script conditions on 28 frames a second (and saves at 10)."""
+TURBO_FPS = 16.0
+"""T2V-Turbo's."""
 GUIDANCE_WIDTH = 256
 """Width of T2V-Turbo's embeddings of guidance scales."""
 
@@ -25,7 +28,7 @@ GUIDANCE_WIDTH = 256
 class FpsTimeEmbedding(nn.Module):
     """Time embedding plus a frame-rate embedding of VideoCrafter2: time_mlp(emb(t)) + fps_mlp(emb(fps)).
 
-    Takes the place of a UNet3D's `time_embedding`; the UNet's argument `timestep_cond` is then a dictionary of conditions.
+    Takes the place of a UNet3D's `time_embedding`; the UNet's argument `timestep_cond` is then a dictionary.
 
     Args:
         time_embedding: the UNet's own MLP.
@@ -47,7 +50,7 @@ class FpsTimeEmbedding(nn.Module):
         self.fps = default_fps
 
     def forward(self, sample: Tensor, condition: Mapping[str, Tensor] | None = None) -> Tensor:
-        """[B, hidden] from the timesteps' sinusoids [B, channels]; `condition["fps"]` is [B] or [B,1], each video's own.
+        """[B, hidden] from the timesteps' sinusoids [B, channels]; `condition["fps"]` is [B] or [B,1].
 
         Raises:
             ValueError: a condition this network does not take, or not one number for each video.
@@ -66,7 +69,8 @@ class FpsTimeEmbedding(nn.Module):
             return torch.full((len(sample),), default, device=sample.device)
         if value.numel() != len(sample) or len(value) != len(sample):
             raise ValueError(
-                f"{name} is {tuple(value.shape)}, expected one number for each of the {len(sample)} videos: [B] or [B,1]"
+                f"{name} is {tuple(value.shape)}, expected one number for each of the {len(sample)} videos: "
+                "[B] or [B,1]"
             )
         return value.reshape(-1).to(sample.device, torch.float32)
 
@@ -82,7 +86,9 @@ class FpsTimeEmbedding(nn.Module):
 
 
 def add_fps_embedding(unet: Any, tensors: Mapping[str, Tensor] | None = None) -> None:
-    """Puts VideoCrafter2's frame-rate embedding into a UNet3D; with weights as `lvdm.Conversion.conditioning`, else random ones.
+    """Puts VideoCrafter2's frame-rate embedding into a UNet3D.
+
+    Its weights are those of `lvdm.Conversion.conditioning`; random ones where None.
 
     Raises:
         CorruptWeightsError: tensors that do not fit.
@@ -95,7 +101,9 @@ def add_fps_embedding(unet: Any, tensors: Mapping[str, Tensor] | None = None) ->
 
 
 def guidance_embedding(w: Tensor, width: int = GUIDANCE_WIDTH) -> Tensor:
-    """Sinusoid [B, width] float32 of guidance scales w [B]: sines, then cosines, of 1000 w at width/2 frequencies 1 .. 1/10000.
+    """Sinusoid [B, width] float32 of guidance scales w [B].
+
+    Sines, then cosines, of 1000 w at width/2 frequencies from 1 to 1/10000.
 
     Raises:
         ValueError: an odd width, or one below 4.
@@ -113,8 +121,8 @@ def guidance_embedding(w: Tensor, width: int = GUIDANCE_WIDTH) -> Tensor:
 class GuidedTimeEmbedding(FpsTimeEmbedding):
     """`FpsTimeEmbedding` whose timestep sinusoid is first shifted by a projection of the guidance scale's embedding.
 
-    Conditions: "guidance" w and "motion", each [B] or [B,1]; without "guidance" nothing is added, without "motion" its layers are
-    skipped. "motion" needs "guidance".
+    Conditions: "guidance" w and "motion", each [B] or [B,1]; without "guidance" nothing is added, without "motion" its
+    layers are skipped. "motion" needs "guidance".
 
     Args:
         time_embedding, channels, hidden, default_fps: as in `FpsTimeEmbedding`.
@@ -165,8 +173,11 @@ def add_guided_embedding(
     *,
     guidance_width: int = GUIDANCE_WIDTH,
     motion_width: int | None = None,
+    default_fps: float = TURBO_FPS,
 ) -> None:
-    """Puts a `GuidedTimeEmbedding` into a UNet3D, with the given weights (`lvdm.convert_unet`'s "conditioning") or random ones.
+    """Puts a `GuidedTimeEmbedding` into a UNet3D.
+
+    Its weights are those of `lvdm.convert_unet`'s "conditioning"; random ones where None.
 
     Raises:
         CorruptWeightsError: tensors that do not fit.
@@ -178,7 +189,7 @@ def add_guided_embedding(
         4 * channels,
         guidance_width=guidance_width,
         motion_width=motion_width,
-        default_fps=FPS,
+        default_fps=default_fps,
     )
     if tensors is not None:
         embedding.load_conditioning(tensors)

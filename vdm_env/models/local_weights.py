@@ -1,7 +1,7 @@
-"""Where pretrained weights may lie on this machine, and the one error that says how to get them. Nothing here downloads.
+"""Where pretrained weights may lie on this machine, and the one error that says how to get them; no downloads.
 
-Looked through, in this order: the folder (or the single file) that the environment variable VDM_WEIGHTS names, this package's own
-folder for converted weights, and the hub's local cache.
+Looked through, in this order: the folder (or the single file) that the environment variable VDM_WEIGHTS names, this
+package's own folder for converted weights, and the hub's local cache.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def given_root() -> Path | None:
 
 
 def home() -> Path:
-    """Folder for converted weights: VDM_WEIGHTS where it is a folder, else `vdm_env/weights` in the user's cache folder."""
+    """Folder for converted weights: VDM_WEIGHTS if it is a folder, else `vdm_env/weights` in the user's cache."""
     root = given_root()
     if root is not None and root.is_dir():
         return root
@@ -47,7 +47,7 @@ def home() -> Path:
 
 
 def find_folder(published: Published, fits: Callable[[Path], bool]) -> Path | None:
-    """The first folder that `fits`: VDM_WEIGHTS itself, its sub-folders named like the model or the repository, or the own cache's."""
+    """The first folder that `fits`: VDM_WEIGHTS, its sub-folders named like the model or repository, or the cache's."""
     roots = [root for root in (given_root(), home()) if root is not None]
     names = (published.model, published.repository, published.repository.split("/")[-1])
     places = [place for root in roots for place in (*(root / name for name in names), root)]
@@ -86,10 +86,12 @@ def missing(published: Published, also: Iterable[str] = ()) -> MissingWeightsErr
         else f"{VARIABLE} is not set"
     )
     return MissingWeightsError(
-        f"pretrained weights of {name} are not on this machine ({looked}; nor in {home()} or the hub's local cache). They are in the hub "
-        f"repository {published.repository!r}: {', '.join(published.files)}; {published.size}. Licence: {published.licence}. "
+        f"pretrained weights of {name} are not on this machine ({looked}; nor in {home()} or the hub's local cache). "
+        f"They are in the hub repository {published.repository!r}: {', '.join(published.files)}; {published.size}. "
+        f"Licence: {published.licence}. "
         + "".join(f"{sentence} " for sentence in also)
-        + f"Fetch them once with `vdm-env download {name}` or `hf download {published.repository} {files}`, or set {VARIABLE} to the "
-        'folder that holds them. What works now, without any download: make("MovingShapes-HPS") (small trained weights come with the '
-        f'package) and make("{name}-...", weights="random", scale="tiny")'
+        + f"Fetch them once with `vdm-env download {name}` or `hf download {published.repository} {files}`, or set "
+        f"{VARIABLE} to the folder that holds them. What works now, without any download: "
+        'make("MovingShapes-HPS") (small trained weights come with the package) and '
+        f'make("{name}-...", weights="random", scale="tiny")'
     )

@@ -1,13 +1,15 @@
 """Reads VideoCrafter2's `model.ckpt` and turns it, once, into diffusers and transformers folders of safetensors.
 
-The checkpoint is a pickle of one dictionary of tensors: the UNet under `model.diffusion_model.`, the autoencoder under
-`first_stage_model.`, the OpenCLIP text tower under `cond_stage_model.model.`, and buffers of the noise schedule. It is unpickled with
-`weights_only=True`, so that nothing in it can run, and compared with the architecture name by name: a missing, an extra or a misshapen
-tensor is an error that lists them. What is left out is left out by name (`Conversion.unused`): the text tower's last layer and
-projection, and buffers that are computed from the configuration.
+The checkpoint is a pickle of one dictionary of tensors: the UNet under `model.diffusion_model.`, the autoencoder
+under `first_stage_model.`, the OpenCLIP text tower under `cond_stage_model.model.`, and buffers of the noise
+schedule. It is unpickled with `weights_only=True`, so that nothing in it can run, and compared with the architecture
+name by name: a missing, an extra or a misshapen tensor is an error that lists them. What is left out is left out by
+name (`Conversion.unused`): the text tower's last layer and projection, and buffers that are computed from the
+configuration.
 
-Verified: the key tables against state dicts of the original classes, small and full size, and the networks against their outputs. Not
-verified: the released file itself, which was not available; its layout is read off the classes that its authors load it into strictly.
+Verified: the key tables against state dicts of the original classes, small and full size, and the networks against
+their outputs. Not verified: the released file itself, which was not available; its layout is read off the classes
+that its authors load it into strictly.
 """
 
 from __future__ import annotations
@@ -30,15 +32,8 @@ from torch import Tensor
 
 from vdm_env.errors import CorruptWeightsError
 from vdm_env.grids import latent_scale_lvdm, scaled_linear_alphas_cumprod
-from vdm_env.models.lvdm_keys import (
-    AutoencoderSizes,
-    Entry,
-    TextSizes,
-    UNetSizes,
-    text_entries,
-    unet_entries,
-    vae_entries,
-)
+from vdm_env.models.lvdm_keys import Entry, text_entries, unet_entries, vae_entries
+from vdm_env.models.lvdm_sizes import AutoencoderSizes, TextSizes, UNetSizes
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
@@ -109,8 +104,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     content = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CorruptWeightsError(
-            f"{path} holds {type(content).__name__} with other things than tensors; expected the dictionary of tensors of a "
-            "checkpoint, or one under 'state_dict'. Fetch the file again"
+            f"{path} holds {type(content).__name__} with other things than tensors; expected the dictionary of tensors "
+            "of a checkpoint, or one under 'state_dict'. Fetch the file again"
         )
     return content
 
@@ -139,8 +134,8 @@ def unpickle(path: Path) -> Any:
     ) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CorruptWeightsError(
-            f"{path} ({path.stat().st_size} bytes) is truncated, damaged, or cannot be read without running code from it ({reason}); "
-            "delete it and fetch or copy it again"
+            f"{path} ({path.stat().st_size} bytes) is truncated, damaged, or cannot be read without running code from "
+            f"it ({reason}); delete it and fetch or copy it again"
         ) from error
 
 
@@ -199,7 +194,7 @@ def convert(state: Mapping[str, Tensor], sizes: Sizes | None = None, what: str =
         what: how messages call it.
 
     Raises:
-        CorruptWeightsError: a missing, extra or misshapen tensor, or buffers of another noise schedule; the message lists them.
+        CorruptWeightsError: missing, extra or misshapen tensors, which it lists, or another noise schedule.
     """
     sizes = sizes or Sizes()
     tables = (
@@ -247,8 +242,8 @@ def _check_schedule(buffers: Mapping[str, Tensor], what: str) -> None:
             stored = buffers[name].double()[:NUM_TRAIN_TIMESTEPS]
             if not torch.allclose(stored, ours.double(), atol=2e-3 if buffers[name].dtype != torch.float32 else 1e-5):
                 raise CorruptWeightsError(
-                    f"{what}: its buffer {name!r} differs from VideoCrafter2's by up to {(stored - ours).abs().max():.3g}; it belongs "
-                    "to a model with another noise schedule, or it is damaged"
+                    f"{what}: its buffer {name!r} differs from VideoCrafter2's by up to "
+                    f"{(stored - ours).abs().max():.3g}; it is of a model with another noise schedule, or damaged"
                 )
 
 

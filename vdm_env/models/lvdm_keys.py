@@ -1,23 +1,26 @@
-"""Names and shapes of the tensors in an LVDM checkpoint (VideoCrafter2, T2V-Turbo), and where each goes in diffusers and transformers.
+"""Names and shapes of the tensors in an LVDM checkpoint (VideoCrafter2, T2V-Turbo), and where each of them goes.
 
-LVDM's 3-D UNet is diffusers' `UNet3DConditionModel` in another order and under other names, plus a few small layers around the time
-embedding ("conditioning" below); its autoencoder is `AutoencoderKL`, its text encoder transformers' `CLIPTextModel` without the last
-layer. The tables here are generated from the architecture's sizes, so that small networks convert by the same code as the release.
+LVDM's 3-D UNet is diffusers' `UNet3DConditionModel` in another order and under other names, plus a few small layers
+around the time embedding ("conditioning" below); its autoencoder is `AutoencoderKL`, its text encoder transformers'
+`CLIPTextModel` without the last layer. The tables here are generated from the architecture's sizes, so that small
+networks convert by the same code as the release.
 
-Order matters for the UNet: T2V-Turbo stores its LoRA as a list without names, in the order of LVDM's modules, which is the order
-`unet_entries` returns. Source of names and order: state dicts of github.com/AILab-CVC/VideoCrafter, commit 11bcd76.
+Order matters for the UNet: T2V-Turbo stores its LoRA as a list without names, in the order of LVDM's modules, which
+is the order `unet_entries` returns. Source of names and order: state dicts of github.com/AILab-CVC/VideoCrafter,
+commit 11bcd76.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, UNet3DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextModel
+
+from vdm_env.models.lvdm_sizes import AutoencoderSizes, TextSizes, UNetSizes
 
 Shape = tuple[int, ...]
 
@@ -35,9 +38,6 @@ class Entry(NamedTuple):
     """of the tensor in the checkpoint"""
     squeeze: int = 0
     """trailing dimensions of size 1 that fall away (a convolution of width 1 that is a linear layer there)"""
-
-
-# ----------------------------------------------------------------------------------------------------- tables
 
 
 def _shapes(module: torch.nn.Module) -> dict[str, Shape]:

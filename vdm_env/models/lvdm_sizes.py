@@ -1,6 +1,6 @@
-"""Sizes of the networks in an LVDM checkpoint, read from the originals' own configurations, and the classes' arguments they mean.
+"""Sizes of the networks in an LVDM checkpoint, and the arguments of diffusers' and transformers' classes they mean.
 
-The defaults are those of the release of VideoCrafter2.
+They are read from the originals' own configurations; the defaults are those of the release of VideoCrafter2.
 """
 
 from __future__ import annotations
@@ -10,6 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import CLIPTextConfig
+
+
+def _fields(cls: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a configuration the class has fields for, lists as tuples."""
+    given = {name: config[name] for name in cls.__dataclass_fields__ if name in config}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UNetSizes:
@@ -50,11 +57,10 @@ class UNetSizes:
         wrong = {key: config[key] for key, value in needed.items() if config.get(key, value) != value}
         if wrong:
             raise ValueError(
-                f"this UNet is not VideoCrafter2's: its configuration says {wrong}, expected { ({k: needed[k] for k in wrong}) }; "
-                "only that architecture is a UNet3DConditionModel"
+                f"this UNet is not VideoCrafter2's: its configuration says {wrong}, expected "
+                f"{ ({key: needed[key] for key in wrong}) }; only that architecture is a UNet3DConditionModel"
             )
-        names = [name for name in cls.__dataclass_fields__ if name in config]
-        return cls(**{n: tuple(config[n]) if isinstance(config[n], list | tuple) else config[n] for n in names})
+        return cls(**_fields(cls, config))
 
     def attends(self, level: int) -> bool:
         """Whether a level (0 is the finest) has attention."""
@@ -95,18 +101,16 @@ class AutoencoderSizes:
         """From LVDM's own YAML (`first_stage_config.params`).
 
         Raises:
-            ValueError: attention outside the middle block, a latent width that differs from z_channels, or a first level that is
-                wider than the base width: `AutoencoderKL` has no such thing.
+            ValueError: attention outside the middle block, a latent width that differs from z_channels, or a first
+                level that is wider than the base width: `AutoencoderKL` has no such thing.
         """
         if ddconfig.get("attn_resolutions") or embed_dim != ddconfig["z_channels"] or ddconfig["ch_mult"][0] != 1:
             raise ValueError(
-                f"no AutoencoderKL is like this: attn_resolutions={ddconfig.get('attn_resolutions')}, embed_dim={embed_dim}, "
-                f"z_channels={ddconfig['z_channels']}, ch_mult={ddconfig['ch_mult']}; expected no attn_resolutions, equal "
-                "embed_dim and z_channels, and ch_mult starting with 1"
+                f"no AutoencoderKL is like this: attn_resolutions={ddconfig.get('attn_resolutions')}, "
+                f"embed_dim={embed_dim}, z_channels={ddconfig['z_channels']}, ch_mult={ddconfig['ch_mult']}; expected "
+                "no attn_resolutions, equal embed_dim and z_channels, and ch_mult starting with 1"
             )
-        names = [name for name in cls.__dataclass_fields__ if name in ddconfig]
-        sizes = {n: tuple(ddconfig[n]) if isinstance(ddconfig[n], list | tuple) else ddconfig[n] for n in names}
-        return cls(**sizes, scale_factor=scale_factor)
+        return cls(**_fields(cls, ddconfig), scale_factor=scale_factor)
 
     def diffusers(self) -> dict[str, Any]:
         """Arguments of `AutoencoderKL`."""
@@ -126,7 +130,7 @@ class AutoencoderSizes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextSizes:
-    """Sizes of the OpenCLIP text tower; the defaults are ViT-H-14's, of which VideoCrafter2 uses all layers but the last."""
+    """Sizes of the OpenCLIP text tower; by default ViT-H-14, of which VideoCrafter2 runs all layers but the last."""
 
     width: int = 1024
     heads: int = 16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,15 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def load(
-    spec: ModelSpec, *, weights: str, device: torch.device | str, dtype: torch.dtype, folder: Path = WEIGHTS
+    spec: ModelSpec,
+    *,
+    weights: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    seed: int = 0,
+    folder: Path = WEIGHTS,
 ) -> LatentVideoModel:
-    """`FLOW_SPEC` or `UNET_SPEC` with its trained weights (or `weights="random"`: same sizes, denoiser untrained).
+    """`FLOW_SPEC` or `UNET_SPEC` with its trained weights (or `weights="random"`: same sizes, denoiser drawn from `seed`).
 
     Raises:
         MissingWeightsError, CorruptWeightsError: see `load_folder`.
@@ -50,7 +57,10 @@ def load(
     text = load_folder(CLIPTextModel, shared / "text_encoder", **place)
     cls, sub = (WanTransformer3DModel, "transformer") if kind == "flow" else (UNet3DConditionModel, "unet")
     if weights == "random":
-        denoiser = frozen(cls.from_config(cls.load_config(folder / kind / sub)).to(**place))
+        warnings.warn(f"{spec.name} has random weights: use it for tests, speed and memory, not for results", stacklevel=3)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            denoiser = frozen(cls.from_config(cls.load_config(folder / kind / sub)).to(**place))
     else:
         denoiser = load_folder(cls, folder / kind / sub, **place)
     schedule = FlowSchedule(shift=2.0) if kind == "flow" else unet3d.SD_SCHEDULE

@@ -1,42 +1,35 @@
 """Open-Sora 1.2: STDiT3 with rectified flow, a spatial and a temporal autoencoder, T5-XXL.
 
-The network emits x0 - eps; here the sign is turned, so that actions are eps - x0 as everywhere in this package. Three things depend on
-the size of the video that is asked for: the noise grid (its shift), the network's positions and the number of decoded frames. A model
-is therefore made for one size, and `with_size` gives another on the same networks.
+The network emits x0 - eps; here the sign is turned, so that actions are eps - x0 as everywhere in this package. Three
+things depend on the size of the video that is asked for: the noise grid (its shift), the network's positions and the
+number of decoded frames. A model is therefore made for one size, and `with_size` gives another on the same networks.
 
-Deviation: the release's script holds height, width and frames in bfloat16, which moves its timesteps by up to 0.5 of 1000; here they
-are exact. Deviation: no motion or camera scores in the prompt.
+Deviation: the release's script holds height, width and frames in bfloat16, which moves its timesteps by up to 0.5 of
+1000; here they are in float32.
 
 Legend: B videos, C latent channels, F latent frames, H W latent rows and columns, L text tokens.
 """
 
 from __future__ import annotations
 
-import html
-import json
-import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import ftfy
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, T5Config, T5EncoderModel
+from transformers import T5Config, T5EncoderModel
 
-from vdm_env.errors import CorruptWeightsError, MissingWeightsError
 from vdm_env.models.base import Condition, ModelSpec, frozen
 from vdm_env.models.opensora_vae import SPATIAL_STRIDE, OpenSoraVAE, TemporalVAEConfig, VideoVAEConfig
-from vdm_env.models.stdit3 import STDiT3, STDiT3Config
+from vdm_env.models.opensora_weights import NAME, T5Text, byte_tokenizer, find_release, read_stdit3, read_text, read_vae
+from vdm_env.models.stdit3 import STDiT3, STDiT3Config, exact
 from vdm_env.schedule import FlowSchedule, opensora_shift
 
 OPENSORA12 = ModelSpec(
-    name="OpenSora1.2",
+    name=NAME,
     height=240,
     width=426,
     num_frames=51,
@@ -53,15 +46,11 @@ OPENSORA12 = ModelSpec(
 """The release at 240p, 9:16, two seconds; VADER's and the release's script sample with `sampler="flow_ode"`."""
 
 MIN_FRAMES, MAX_FRAMES = 17, 408
-"""One chunk of the autoencoder, below which the noise grid is not defined, to 16 seconds, the longest it was trained on."""
+"""One chunk of the autoencoder (below it the noise grid is not defined) to 16 seconds, the longest of training."""
 NOMINAL_SIZES = (426, 854)
 """Sides of 240p and 480p in 16:9 that no 8 divides; the decoded side is 424 and 848."""
 IMAGE_FPS = 120.0
 """What the release conditions single frames on."""
-STDIT_REPO, VAE_REPO, TEXT_REPO = "hpcai-tech/OpenSora-STDiT-v3", "hpcai-tech/OpenSora-VAE-v1.2", "DeepFloyd/t5-v1_1-xxl"
-_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
-Tokenize = Callable[[list[str]], tuple[Tensor, Tensor]]
-"""Texts to token ids and mask, both int64 [B,L]."""
 
 
 # --------------------------------------------------------------------------------------------------------- the model
@@ -88,20 +77,7 @@ def call_stdit3(
 
 def release_schedule(num_frames: int, height: int, width: int) -> FlowSchedule:
     """Rectified flow with the release's shift for videos of this size (pixels)."""
-    return FlowSchedule(shift=opensora_shift(height, width, num_frames))
-
-
-@dataclass(frozen=True, kw_only=True)
-class T5Text:
-    """Prompts to T5 states, cleaned and padded as in the release."""
-
-    encoder: Any
-    tokenize: Tokenize
-
-    @torch.no_grad()
-    def __call__(self, prompts: Sequence[str]) -> Condition:
-        ids, mask = (v.to(self.encoder.device) for v in self.tokenize([release_prompt(p) for p in prompts]))
-        return {"text": self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state, "mask": mask}
+    return FlowSchedule(shift=opensora_shift(height, width, num_frames, dtype=torch.float32))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,14 +105,15 @@ class OpenSoraModel:
         expected = self.latent_shape(spec.num_frames, spec.height, spec.width)
         if tuple(x_t.shape[1:]) != expected:
             raise ValueError(
-                f"{spec.name} was made for {spec.num_frames} frames of {spec.height}x{spec.width}, latents {expected}; got "
-                f"{tuple(x_t.shape[1:])}. Its noise grid and positions depend on the size: call model.with_size(frames, height, width)"
+                f"{spec.name} was made for {spec.num_frames} frames of {spec.height}x{spec.width}, latents {expected}; "
+                f"got {tuple(x_t.shape[1:])}. Its noise grid and positions depend on the size: call "
+                "model.with_size(num_frames, height, width)"
             )
         fps = IMAGE_FPS if spec.num_frames == 1 else spec.fps
         return call_stdit3(self.denoiser, x_t, t, condition, fps=fps, height=spec.height, width=spec.width)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
-        """T5 states `text` [B,L,D] and `mask` [B,L]; "" is the learned null caption at full length, see `unconditional`."""
+        """T5 states `text` [B,L,D] and `mask` [B,L]; "" is the null caption at full length, see `unconditional`."""
         null = self._null_caption()
         text = null.expand(len(prompts), -1, -1).clone()
         mask = torch.ones(text.shape[:2], dtype=torch.int64, device=text.device)
@@ -147,7 +124,7 @@ class OpenSoraModel:
         return {"text": text, "mask": mask}
 
     def unconditional(self, condition: Condition) -> Condition:
-        """What guidance subtracts for these prompts: the null caption, cut to each prompt's own length as in the release."""
+        """What guidance contrasts these with: the null caption, under each prompt's mask as in the release."""
         return {**condition, "text": self._null_caption().to(condition["text"]).expand_as(condition["text"])}
 
     def _null_caption(self) -> Tensor:
@@ -156,10 +133,14 @@ class OpenSoraModel:
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
         """Latents [B,C,F,H,W] of a video [B,F,3,H,W] in [0,1] (the posteriors' means)."""
-        return self.vae.encode(video.transpose(1, 2) * 2 - 1).float()
+        latents = self.vae.encode(video.transpose(1, 2) * 2 - 1)
+        return latents.to(exact(latents.dtype))
 
     def decode(self, latents: Tensor, frames: Tensor | None = None) -> Tensor:
-        """Video [B,n,3,H,W] in [0,1]. The temporal stage runs on chunks with a chosen frame, the spatial one on chosen frames."""
+        """Video [B,n,3,H,W] in [0,1].
+
+        With `frames` [B,n] the spatial stage runs on these alone, and the temporal stage on their chunks.
+        """
         needed = None if frames is None else sorted({int(i) for i in frames.flatten()})
         cells = self.vae.temporal_decode(latents, self.spec.num_frames, needed)
         if frames is not None:
@@ -172,138 +153,32 @@ class OpenSoraModel:
         """(C, F, H, W).
 
         Raises:
-            ValueError: sides that are neither a multiple of 8 nor nominal (426, 854), or frames that are not 1 or 17 to 408.
+            ValueError: sides that are neither a multiple of 8 nor nominal (426, 854), or frames that are not 1 or 17
+                to 408.
         """
         name = self.spec.name
         for side, value in (("height", height), ("width", width)):
             if value <= 0 or (value % SPATIAL_STRIDE and value not in NOMINAL_SIZES):
                 near = max(SPATIAL_STRIDE, round(value / SPATIAL_STRIDE) * SPATIAL_STRIDE)
                 raise ValueError(
-                    f"{name}: {side}={value} is neither a positive multiple of {SPATIAL_STRIDE} nor one of the release's {NOMINAL_SIZES}; "
-                    f"try {side}={near}"
+                    f"{name}: {side}={value} is neither a positive multiple of {SPATIAL_STRIDE} nor one of the "
+                    f"release's {NOMINAL_SIZES}; try {side}={near}"
                 )
         if num_frames != 1 and not MIN_FRAMES <= num_frames <= MAX_FRAMES:
             near = min(max(num_frames, MIN_FRAMES), MAX_FRAMES)
             raise ValueError(
-                f"{name}: num_frames={num_frames}; it makes a single frame or {MIN_FRAMES} to {MAX_FRAMES}; try num_frames={near}"
+                f"{name}: num_frames={num_frames}; it makes a single frame or {MIN_FRAMES} to {MAX_FRAMES}; "
+                f"try num_frames={near}"
             )
         return self.spec.latent_channels, *self.vae.config.latent_size(num_frames, height, width)
 
 
-# ------------------------------------------------------------------------------------------------------------ prompts
-
-_MARKUP = re.compile(r"<[^<>]*>")
-_LINK = re.compile(r"\b(?:https?://|www\.)\S+")
-_SIGNS = re.compile(r"[#®•©™&@·º½¾¿¡§~()\[\]{}|\\/*\s]+")
-
-
-def clean_text(text: str) -> str:
-    """Lower case, repaired characters, no markup, links or signs.
-
-    Deviation: the release's cleaner also drops advertising phrases, file names and article numbers of scraped captions.
-    """
-    text = html.unescape(html.unescape(ftfy.fix_text(text.lower())))
-    text = _SIGNS.sub(" ", _LINK.sub(" ", _MARKUP.sub(" ", text)))
-    return text.strip().strip("\"'").strip()
-
-
-def release_prompt(prompt: str) -> str:
-    """The text T5 is given: the release asks for an aesthetic score of 6.5, then cleans twice."""
-    return clean_text(clean_text(f"{prompt} aesthetic score: 6.5."))
-
-
-def byte_tokenizer(length: int) -> Tokenize:
-    """Bytes as token ids, where the real vocabulary is a file that random weights come without."""
-
-    def tokenize(texts: list[str]) -> tuple[Tensor, Tensor]:
-        ids = torch.zeros(len(texts), length, dtype=torch.int64)
-        for row, text in enumerate(texts):
-            tokens = [byte + 3 for byte in text.encode()][: length - 1] + [1]  # 0, 1, 2: padding, end and unknown, as in T5
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-        return ids, (ids != 0).long()
-
-    return tokenize
-
-
-# ------------------------------------------------------------------------------------------------------------ weights
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file.
-
-    Raises:
-        CorruptWeightsError: truncated or damaged.
-    """
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise CorruptWeightsError(f"{file} is damaged or truncated ({error}); fetch or copy it again") from error
-
-
-def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copies the tensors into the module; every name and shape must be the architecture's.
-
-    Raises:
-        CorruptWeightsError: with the list of missing, unexpected and mis-shaped tensors.
-    """
-    own = module.state_dict()
-    shapes = [f"{k} {list(v.shape)}, expected {list(own[k].shape)}" for k, v in tensors.items() if k in own and v.shape != own[k].shape]
-    wrong = {"missing": sorted(set(own) - set(tensors)), "unexpected": sorted(set(tensors) - set(own)), "mis-shaped": shapes}
-    if any(wrong.values()):
-        listed = "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in wrong.items() if names)
-        raise CorruptWeightsError(
-            f"{source} does not fit {type(module).__name__} of {len(own)} tensors: {listed}. Fetch it again, or give the config.json "
-            "that belongs to it"
-        )
-    module.load_state_dict(dict(tensors), strict=True)
-
-
-def read_stdit3(folder: Path) -> STDiT3:
-    """The network of a release folder: `config.json` and `model.safetensors`.
-
-    Raises:
-        MissingWeightsError, CorruptWeightsError: a file is absent, damaged, or not of the architecture that its config describes.
-    """
-    config, weights = _release_files(folder, STDIT_REPO)
-    network = STDiT3(STDiT3Config.of(json.loads(config.read_text())))
-    load_exactly(network, read_tensors(weights), str(weights))
-    return network
-
-
-def read_vae(folder: Path, config: VideoVAEConfig | None = None) -> OpenSoraVAE:
-    """The autoencoder of a release folder (`model.safetensors` holds both stages, scale and shift); the release's sizes if None.
-
-    Raises:
-        MissingWeightsError, CorruptWeightsError: as `read_stdit3`.
-    """
-    _, weights = _release_files(folder, VAE_REPO)
-    vae = OpenSoraVAE(config or VideoVAEConfig())
-    load_exactly(vae, read_tensors(weights), str(weights))
-    return vae
-
-
-def _release_files(folder: Path, repository: str) -> tuple[Path, Path]:
-    files = folder / _CONFIG, folder / _WEIGHTS
-    absent = [file.name for file in files if not file.is_file()]
-    if absent:
-        raise MissingWeightsError(f"no {' and '.join(absent)} in {folder}; expected the files of the repository {repository}")
-    return files
-
-
-def _find(repository: str, folder: Path | None) -> Path | None:
-    """Folder of a repository's files: below `folder`, else in the hub's local cache. Never downloads."""
-    from huggingface_hub import try_to_load_from_cache
-
-    if folder is not None:
-        places = [folder / repository, folder / repository.split("/")[-1]]
-        return next((place for place in places if place.is_dir()), None)
-    config = try_to_load_from_cache(repository, _CONFIG)
-    return Path(config).parent if isinstance(config, str) else None
+# ------------------------------------------------------------------------------------------------------------ loading
 
 
 @contextmanager
 def _building(device: torch.device, dtype: torch.dtype, seed: int) -> Iterator[None]:
-    """Networks made inside are drawn from `seed`, directly on the device and in the type: a full one exists only once."""
+    """Networks made inside are drawn from `seed`, on the device and in the type: a full one exists only once."""
     before = torch.get_default_dtype()
     cards = [device.index or 0] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cards), torch.device(device):
@@ -323,7 +198,6 @@ def load(
     device: torch.device | str,
     dtype: torch.dtype,
     seed: int = 0,
-    folder: Path | None = None,
 ) -> OpenSoraModel:
     """Open-Sora 1.2 for videos of the spec's size.
 
@@ -334,7 +208,6 @@ def load(
         device: of all networks.
         dtype: of all networks; angles and norms stay float32 or better.
         seed: of random weights.
-        folder: holds the repositories' folders (`OpenSora-STDiT-v3`, `OpenSora-VAE-v1.2`, `t5-v1_1-xxl`); the hub's cache if None.
 
     Raises:
         MissingWeightsError: pretrained weights that are not on this machine.
@@ -342,29 +215,29 @@ def load(
     """
     device = torch.device(device)
     if weights == "pretrained":
-        networks = _pretrained(spec, device, dtype, folder)
+        denoiser, vae, text = _pretrained(device, dtype)
     else:
-        warnings.warn(f"{spec.name} has random weights: use it for tests, speed and memory, not for results", stacklevel=3)
-        if scale == "tiny":
-            # An explicit size of the caller's own is kept.
-            small = (spec.num_frames, spec.height, spec.width) == (OPENSORA12.num_frames, OPENSORA12.height, OPENSORA12.width)
-            spec = replace(spec, num_frames=17, height=48, width=64) if small else spec
+        warnings.warn(
+            f"{spec.name} has random weights: use it for tests, speed and memory, not for results", stacklevel=3
+        )
+        if scale == "tiny" and spec == OPENSORA12:
+            spec = replace(spec, num_frames=17, height=48, width=64)
         with _building(device, dtype, seed):
-            networks = _random(scale == "tiny")
-    denoiser, vae, encoder, tokenize = networks
+            denoiser, vae, text = _random(scale == "tiny")
+    frozen(text.encoder)
     model = OpenSoraModel(
         spec=spec,
         denoiser=frozen(denoiser),
         schedule=release_schedule(spec.num_frames, spec.height, spec.width),
         vae=frozen(vae),  # type: ignore[arg-type]
-        text=T5Text(encoder=frozen(encoder), tokenize=tokenize),
+        text=text,
     )
     return model.with_size(spec.num_frames, spec.height, spec.width)
 
 
-def _random(tiny: bool) -> tuple[STDiT3, OpenSoraVAE, nn.Module, Tokenize]:
+def _random(tiny: bool) -> tuple[STDiT3, OpenSoraVAE, T5Text]:
     config, vae = STDiT3Config(), VideoVAEConfig()
-    text = dict(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
+    text: dict[str, Any] = dict(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
     if tiny:
         config = STDiT3Config(hidden_size=32, depth=1, num_heads=2, caption_channels=16, model_max_length=48)
         vae = VideoVAEConfig(
@@ -373,35 +246,17 @@ def _random(tiny: bool) -> tuple[STDiT3, OpenSoraVAE, nn.Module, Tokenize]:
         )
         text = dict(vocab_size=384, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     encoder = T5EncoderModel(T5Config(**text, feed_forward_proj="gated-gelu", use_cache=False))
-    return STDiT3(config), OpenSoraVAE(vae), encoder, byte_tokenizer(config.model_max_length)
+    return STDiT3(config), OpenSoraVAE(vae), T5Text(encoder=encoder, tokenize=byte_tokenizer(config.model_max_length))
 
 
-def _pretrained(
-    spec: ModelSpec, device: torch.device, dtype: torch.dtype, folder: Path | None
-) -> tuple[nn.Module, nn.Module, nn.Module, Tokenize]:
-    found = {repository: _find(repository, folder) for repository in (STDIT_REPO, VAE_REPO, TEXT_REPO)}
-    missing = [repository for repository, place in found.items() if place is None]
-    if missing:
-        raise MissingWeightsError(
-            f"pretrained weights of {spec.name} are not on this machine: {', '.join(missing)} are neither in "
-            f"{folder or 'a folder you gave'} nor in the hub's local cache. Needed are {STDIT_REPO} (config.json, model.safetensors: "
-            f"1.21 billion parameters, 4.8 GB in float32), {VAE_REPO} (the same two files: 0.39 billion, 1.6 GB) and {TEXT_REPO} (T5 encoder "
-            "and tokenizer: 4.76 billion, 19 GB). Read the licence on each repository's card, then fetch each with `hf download "
-            'REPOSITORY`. What works now: make("MovingShapes-HPS") (small trained weights come with the package) or '
-            f'make("{spec.name}-...", weights="random", scale="tiny")'
-        )
-    place = {name: path for name, path in found.items() if path is not None}
-    denoiser, vae = read_stdit3(place[STDIT_REPO]), read_vae(place[VAE_REPO])
-    tokenizer = AutoTokenizer.from_pretrained(place[TEXT_REPO], local_files_only=True)
-    encoder = T5EncoderModel.from_pretrained(place[TEXT_REPO], dtype=dtype, local_files_only=True)
-    length = denoiser.config.model_max_length
-
-    def tokenize(texts: list[str]) -> tuple[Tensor, Tensor]:
-        batch = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        return batch.input_ids, batch.attention_mask
-
+def _pretrained(device: torch.device, dtype: torch.dtype) -> tuple[STDiT3, OpenSoraVAE, T5Text]:
+    folders = find_release()
+    denoiser, vae = read_stdit3(folders["network"]), read_vae(folders["vae"])
+    text = read_text(folders["text"], denoiser.config.model_max_length, dtype)
     angles = denoiser.rope.freqs
-    networks = denoiser.to(device=device, dtype=dtype), vae.to(device=device, dtype=dtype), encoder.to(device)
+    denoiser.to(device=device, dtype=dtype)
+    vae.to(device=device, dtype=dtype)
+    text.encoder.to(device)
     if dtype != torch.float64:
-        denoiser.rope.freqs = angles.to(device)  # rounding them to bfloat16 would blur late frames' positions
-    return *networks, tokenize
+        denoiser.rope.freqs = angles.to(device)  # rounded to bfloat16 they would blur the positions of late frames
+    return denoiser, vae, text

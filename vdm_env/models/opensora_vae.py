@@ -1,10 +1,11 @@
 """The video autoencoder of Open-Sora 1.2: an image autoencoder frame by frame, then a causal one along time.
 
-The spatial stage is diffusers' `AutoencoderKL` (8x8 pixels to a cell); the temporal stage turns each chunk of 17 frames into 5. No
-convolution looks ahead in time, and chunks know nothing of each other. Parameter names are those of the released checkpoint
-(`hpcai-tech/OpenSora-VAE-v1.2`), so its tensors load strictly.
+The spatial stage is diffusers' `AutoencoderKL` (8x8 pixels to a cell); the temporal stage turns each chunk of 17
+frames into 5. No convolution looks ahead in time, and chunks know nothing of each other. Parameter names are those of
+the released checkpoint (`hpcai-tech/OpenSora-VAE-v1.2`), so its tensors load strictly.
 
-Legend: B videos, F video frames, f latent frames, H W pixels, h w latent cells; all tensors here are [B, channels, time, rows, columns].
+Legend: B videos, F video frames, f latent frames, H W pixels, h w latent cells; all tensors here are [B, channels,
+time, rows, columns].
 """
 
 from __future__ import annotations
@@ -119,7 +120,9 @@ class ResBlock(nn.Module):
 
 
 def _blocks(cin: int, cout: int, config: TemporalVAEConfig) -> nn.ModuleList:
-    return nn.ModuleList(ResBlock(cin if i == 0 else cout, cout, config.num_groups) for i in range(config.num_res_blocks))
+    return nn.ModuleList(
+        ResBlock(cin if i == 0 else cout, cout, config.num_groups) for i in range(config.num_res_blocks)
+    )
 
 
 class TemporalEncoder(nn.Module):
@@ -208,7 +211,7 @@ class TemporalVAE(nn.Module):
 
 
 class OpenSoraVAE(nn.Module):
-    """Both stages and the normalisation of the latents. Posteriors are taken at their mean, so that everything is deterministic."""
+    """Both stages and the normalisation of the latents; everything is deterministic: posteriors count by their mean."""
 
     scale: Tensor
     shift: Tensor
@@ -222,6 +225,10 @@ class OpenSoraVAE(nn.Module):
         self.register_buffer("shift", torch.tensor(config.shift).view(1, -1, 1, 1, 1))
 
     @property
+    def _images(self) -> Any:
+        return self.spatial_vae["module"]
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the weights."""
         return self.temporal_vae.quant_conv.conv.weight.dtype
@@ -229,15 +236,15 @@ class OpenSoraVAE(nn.Module):
     def spatial_encode(self, video: Tensor) -> Tensor:
         """Frames [B,3,F,H,W] in [-1, 1] to scaled cells [B,4,F,h,w]."""
         images = video.transpose(1, 2).flatten(0, 1).to(self.dtype)
-        means = [self.spatial_vae["module"].encode(part).latent_dist.mean for part in images.split(self.config.batch_frames)]
+        means = [self._images.encode(part).latent_dist.mean for part in images.split(self.config.batch_frames)]
         cells = torch.cat(means) * self.config.spatial_scale
         return cells.unflatten(0, (len(video), -1)).transpose(1, 2)
 
     def spatial_decode(self, cells: Tensor) -> Tensor:
         """Scaled cells [B,4,F,h,w] to frames [B,3,F,8h,8w], about in [-1, 1].
 
-        With gradients, each batch of frames is computed anew in the backward pass: a decoder's activations at full size are what
-        memory runs out on.
+        With gradients, each batch of frames is computed anew in the backward pass: a decoder's activations at full
+        size are what memory runs out on.
         """
         images = cells.transpose(1, 2).flatten(0, 1).to(self.dtype) / self.config.spatial_scale
         parts = [self._decode_images(part) for part in images.split(self.config.batch_frames)]
@@ -245,7 +252,7 @@ class OpenSoraVAE(nn.Module):
 
     def _decode_images(self, cells: Tensor) -> Tensor:
         def run(cells: Tensor) -> Tensor:
-            return self.spatial_vae["module"].decode(cells).sample
+            return self._images.decode(cells).sample
 
         if torch.is_grad_enabled() and cells.requires_grad:
             return checkpoint(run, cells, use_reentrant=False, preserve_rng_state=False)
@@ -271,7 +278,8 @@ class OpenSoraVAE(nn.Module):
         config = self.config
         if latents.shape[2] != config.latent_frames(num_frames):
             raise ValueError(
-                f"a video of {num_frames} frames has {config.latent_frames(num_frames)} latent frames, got {latents.shape[2]}"
+                f"a video of {num_frames} frames has {config.latent_frames(num_frames)} latent frames, "
+                f"got {latents.shape[2]}"
             )
         z = latents.to(self.dtype) * self.scale + self.shift
         chosen = None if needed is None else {frame // config.chunk_frames for frame in needed}
@@ -291,5 +299,6 @@ class OpenSoraVAE(nn.Module):
 
 def temporal_config(config: dict[str, Any]) -> TemporalVAEConfig:
     """From a dictionary with the same names; lists become tuples."""
-    known = {f.name for f in fields(TemporalVAEConfig)}
-    return TemporalVAEConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known})
+    known: dict[str, Any] = {f.name: config[f.name] for f in fields(TemporalVAEConfig) if f.name in config}
+    known |= {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
+    return TemporalVAEConfig(**known)

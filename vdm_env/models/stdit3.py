@@ -1,13 +1,14 @@
 """STDiT3, the network of Open-Sora 1.2: a transformer that attends over space and over time in turn.
 
-Every layer is a pair of blocks: one attends within each frame, one along time at each place. Both then read the caption by cross
-attention and modulate, shift and gate with the timestep (adaLN-single of PixArt, arXiv 2310.00426). Parameter names are those of
-the released checkpoint (`hpcai-tech/OpenSora-STDiT-v3`), so its tensors load strictly.
+Every layer is a pair of blocks: one attends within each frame, one along time at each place. Both then read the
+caption by cross attention and modulate, shift and gate with the timestep (adaLN-single of PixArt, arXiv 2310.00426).
+Parameter names are those of the released checkpoint (`hpcai-tech/OpenSora-STDiT-v3`), so its tensors load strictly.
 
-Conventions are the network's own: t in [0, 1000] with 1000 pure noise, and the velocity it emits points to the data (x0 - eps).
-`vdm_env.models.opensora` turns them into this package's.
+Conventions are the network's own: t in [0, 1000] with 1000 pure noise, and the velocity it emits points to the data
+(x0 - eps). `vdm_env.models.opensora` turns them into this package's.
 
-Legend: B videos, C latent channels, F latent frames, H W latent rows and columns, S tokens of a frame, D hidden width, L text tokens.
+Legend: B videos, C latent channels, F latent frames, H W latent rows and columns, S tokens of a frame, D hidden
+width, L text tokens.
 """
 
 from __future__ import annotations
@@ -51,10 +52,13 @@ class STDiT3Config:
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads or self.hidden_size % 4 or (self.hidden_size // self.num_heads) % 2:
             raise ValueError(
-                f"hidden_size={self.hidden_size} must be a multiple of 4 and give num_heads={self.num_heads} heads of an even width"
+                f"hidden_size={self.hidden_size} must be a multiple of 4 and give num_heads={self.num_heads} heads of "
+                "an even width"
             )
         if len(self.patch_size) != 3 or min(self.patch_size) < 1 or self.depth < 1:
-            raise ValueError(f"expected three positive patch sizes and depth >= 1, got {self.patch_size} and {self.depth}")
+            raise ValueError(
+                f"expected three positive patch sizes and depth >= 1, got {self.patch_size} and {self.depth}"
+            )
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> STDiT3Config:
@@ -91,8 +95,9 @@ def position_embedding(
 ) -> Tensor:
     """Fixed positions of a frame's tokens, [rows * columns, width]: sines and cosines of the column, then of the row.
 
-    Coordinates are stretched so that the grid spans the side of a square of as many tokens, then divided by the picture's size in
-    units of `input_sq_size`: what counts is the size in pixels that was asked for, not the latents'.
+    Coordinates are stretched so that the grid spans the side of a square of as many tokens, then divided by the
+    picture's size in units of `input_sq_size`: what counts is the size in pixels that was asked for, not the
+    latents'.
     """
     dtype, device = exact(like.dtype), like.device
     side, scale = round(math.sqrt(rows * columns)), math.sqrt(height * pixel_width) / input_sq_size
@@ -136,7 +141,7 @@ class ScalarEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(_SINUSOID, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
 
     def forward(self, values: Tensor) -> Tensor:
-        dtype = self.mlp[0].weight.dtype
+        dtype = next(self.mlp.parameters()).dtype
         return self.mlp(sinusoid(values.to(exact(dtype))).to(dtype))
 
 
@@ -233,7 +238,11 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (self.scale_shift_table + time).unsqueeze(2).unbind(3)
         h = modulated(x, shift_a, scale_a)
         if self.temporal:
-            h = self.attn(h.transpose(1, 2).flatten(0, 1), angles).unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+            h = (
+                self.attn(h.transpose(1, 2).flatten(0, 1), angles)
+                .unflatten(0, (x.shape[0], x.shape[2]))
+                .transpose(1, 2)
+            )
         else:
             h = self.attn(h.flatten(0, 1), None).unflatten(0, x.shape[:2])
         x = x + gate_a * h
@@ -270,7 +279,9 @@ class Rope(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.register_buffer("freqs", _THETA ** -(torch.arange(0, width, 2, dtype=exact(torch.get_default_dtype())) / width))
+        self.register_buffer(
+            "freqs", _THETA ** -(torch.arange(0, width, 2, dtype=exact(torch.get_default_dtype())) / width)
+        )
 
     def forward(self, frames: int) -> Tensor:
         """Angles [F, d/2] of frames 0 .. F-1."""
@@ -290,7 +301,11 @@ class STDiT3(nn.Module):
         super().__init__()
         self.config, self.gradient_checkpointing = config, False
         width = config.hidden_size
-        self.x_embedder, self.t_embedder, self.fps_embedder = PatchEmbedder(config), ScalarEmbedder(width), ScalarEmbedder(width)
+        self.x_embedder, self.t_embedder, self.fps_embedder = (
+            PatchEmbedder(config),
+            ScalarEmbedder(width),
+            ScalarEmbedder(width),
+        )
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.y_embedder = CaptionEmbedder(config)
         self.spatial_blocks = nn.ModuleList(Block(config, temporal=False) for _ in range(config.depth))
@@ -316,7 +331,8 @@ class STDiT3(nn.Module):
             x: latents [B,C,F,H,W]; sizes that patches do not divide are padded with zeros, and the output is cut back.
             timestep: [B] in [0, 1000].
             y: caption states [B,1,L,caption_channels] or [B,L,caption_channels].
-            mask: [B,L], 1 on real text; one of fewer rows is repeated as a whole (guidance gives the null caption its prompt's mask).
+            mask: [B,L], 1 on real text; one of fewer rows is repeated as a whole (guidance gives the null caption its
+                prompt's mask).
             fps: frames a second, one number or one for each video (fewer are repeated).
             height: of the video in pixels, as asked for; the first number counts for all videos.
             width: likewise.

@@ -1,27 +1,28 @@
-"""T2V-Turbo (arXiv 2405.18750) and T2V-Turbo-v2 (arXiv 2410.05677): VideoCrafter2 distilled into a few consistency steps.
+"""T2V-Turbo (arXiv 2405.18750) and v2 (arXiv 2410.05677): VideoCrafter2 distilled into a few consistency steps.
 
-The network is VideoCrafter2's with an embedding of the guidance scale w (and, in v2, of a motion guidance scale) added to the timestep's
-sinusoid, so guidance is an input and every step is one forward pass: the policy's own `guidance_scale` stays 1. Sampling is the multistep
-consistency sampler ("lcm", `vdm_env.samplers.lcm_table`) on the release's own grid (`vdm_env.grids.lcm_timesteps`), without
-VideoCrafter2's latent scale.
+The network is VideoCrafter2's with an embedding of the guidance scale w (and, in v2, of a motion guidance scale)
+added to the timestep's sinusoid, so guidance is an input and every step is one forward pass: the policy's own
+`guidance_scale` stays 1. Sampling is the multistep consistency sampler ("lcm", `vdm_env.samplers.lcm_table`) on the
+release's own grid (`vdm_env.grids.lcm_timesteps`), without VideoCrafter2's latent scale.
 
-Release files: v1 is a LoRA of the UNet (`unet_lora.pt`), v2 a whole UNet (`unet_mg.pt`, or `unet_no_mg.pt` without motion guidance). Text
-encoder and autoencoder are VideoCrafter2's.
+Release files: v1 is a LoRA of the UNet (`unet_lora.pt`), v2 a whole UNet (`unet_mg.pt`, or `unet_no_mg.pt` without
+motion guidance). Text encoder and autoencoder are VideoCrafter2's.
 
-Verified against outputs of the original classes: the network with w, with w and motion, and without either; the sampler; names, shapes and
-order of the layers. Not verified, because the released files were not available:
+Verified against outputs of the original classes: the network with w, with w and motion, and without either; the
+sampler; names, shapes and order of the layers. Not verified, because the released files were not available:
 
-- the LoRA list is read as its writer in github.com/Ji4chenLi/t2v-turbo (commit eaae323) makes it: up and down matrix of every linear layer
-  and 2-D and 3-D convolution of the UNet, in the order of its modules, rank min(64, inputs, outputs), scale 1, no names. A file of another
-  order or selection has other shapes somewhere and is refused, unless layers of equal shape changed places;
-- v1's projection of the w embedding is neither in VideoCrafter2's checkpoint nor in the LoRA list, which has only its update; the original
-  starts it from random numbers that it does not store. Deviation: here it starts from zero, so that loading is deterministic;
+- the LoRA list is read as its writer in github.com/Ji4chenLi/t2v-turbo (commit eaae323) makes it: up and down matrix
+  of every linear layer and 2-D and 3-D convolution of the UNet, in the order of its modules, rank min(64, inputs,
+  outputs), scale 1, no names. A file of another order or selection has other shapes somewhere and is refused, unless
+  layers of equal shape changed places;
+- v1's projection of the w embedding is neither in VideoCrafter2's checkpoint nor in the LoRA list, which has only its
+  update; the original starts it from random numbers that it does not store. Deviation: here it starts from zero, so
+  that loading is deterministic;
 - v2's motion scale of 0.05 in the first 30 % of the process is the default of the authors' demo.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -34,13 +35,13 @@ from torch import Tensor, nn
 from vdm_env.errors import CorruptWeightsError
 from vdm_env.models import local_weights, lvdm
 from vdm_env.models.base import Condition, LatentVideoModel, ModelSpec
+from vdm_env.models.conditioning import GUIDANCE_WIDTH, TURBO_FPS, add_guided_embedding
 from vdm_env.models.local_weights import Published
-from vdm_env.models.lvdm_keys import Entry, UNetSizes, unet_entries
+from vdm_env.models.lvdm_keys import Entry, unet_entries
+from vdm_env.models.lvdm_sizes import UNetSizes
 from vdm_env.models.unet3d import (
-    CONDITIONING_FPS,
     PUBLISHED,
     SD_SCHEDULE,
-    FpsTimeEmbedding,
     Parts,
     build,
     call_unet3d,
@@ -66,7 +67,6 @@ TURBO_SCHEDULE = SD_SCHEDULE
 TURBO_V2_SCHEDULE = replace(SD_SCHEDULE, lcm_origin_steps=200)
 GUIDANCE_SCALE = 7.5
 """w that conditions the network."""
-FPS = 16.0
 MOTION_SCALE = 0.05
 MOTION_SHARE = 0.3
 """The motion scale acts in this first share of the process, and is 0 afterwards."""
@@ -88,11 +88,8 @@ _RELEASED = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------- network
-
-
 def call_turbo(denoiser: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-    """`call_unet3d` with the motion scale, where there is one, switched off for the videos that are past its share of the process."""
+    """`call_unet3d`; a motion scale is switched off for the videos that are past its share of the process."""
     if "motion" in condition:
         early = t >= SD_SCHEDULE.num_train_timesteps * (1 - MOTION_SHARE)
         motion = condition["motion"].reshape(-1)
@@ -104,7 +101,7 @@ def call_turbo(denoiser: nn.Module, x_t: Tensor, t: Tensor, condition: Condition
 
 
 def lora_layers(sizes: UNetSizes) -> list[Entry]:
-    """The layers the release's LoRA list covers, in its order: linear ones and 2-D and 3-D convolutions, not 1-D ones."""
+    """The layers the LoRA list covers, in its order: linear ones, 2-D and 3-D convolutions, not 1-D ones."""
     return [e for e in unet_entries(sizes) if e.source.endswith(".weight") and len(e.shape) in (2, 4, 5)]
 
 
@@ -146,7 +143,7 @@ def merge_lora(
         sizes: of the UNet.
 
     Raises:
-        CorruptWeightsError: another number of pairs than layers, or a pair that does not fit its layer; nothing has changed then.
+        CorruptWeightsError: not one pair for each layer, or one that does not fit; nothing has changed then.
     """
     layers = lora_layers(sizes)
     problems = [] if len(pairs) == len(layers) else [f"{len(pairs)} pairs for {len(layers)} layers"]
@@ -160,7 +157,7 @@ def merge_lora(
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise CorruptWeightsError(
-            f"the LoRA list does not fit this UNet: {'; '.join(problems[:8])}{more}. It is of another model or rank order"
+            f"the LoRA list does not fit this UNet: {'; '.join(problems[:8])}{more}. It is of another model or order"
         )
     with torch.no_grad():
         for entry, (up, down) in zip(layers, pairs, strict=True):
@@ -174,14 +171,14 @@ def merge_lora(
 def load(
     spec: ModelSpec, *, weights: str, scale: str, device: torch.device | str, dtype: torch.dtype, seed: int = 0
 ) -> LatentVideoModel:
-    """`T2V_TURBO` or `T2V_TURBO_V2`; see `vdm_env.models.unet3d.load` for the arguments and for where weights are looked for.
+    """`T2V_TURBO` or `T2V_TURBO_V2`; arguments and places of weights as in `vdm_env.models.unet3d.load`.
 
     Raises:
         MissingWeightsError: `weights="pretrained"` and VideoCrafter2's or T2V-Turbo's file is not on this machine.
         CorruptWeightsError: a file is truncated, damaged, or of another architecture.
     """
     v2 = spec.name == T2V_TURBO_V2.name
-    numbers = {"fps": FPS, "guidance": GUIDANCE_SCALE}
+    numbers = {"fps": TURBO_FPS, "guidance": GUIDANCE_SCALE}
     if weights == "pretrained":
         parts, motion = _load_pretrained(_RELEASED[spec.name], device=device, dtype=dtype)
     else:
@@ -210,7 +207,7 @@ def _load_pretrained(published: Published, *, device: torch.device | str, dtype:
 
 
 def put_in_unet(parts: Parts, file: Path, sizes: UNetSizes | None = None) -> bool:
-    """Merges a LoRA list into VideoCrafter2's UNet, or replaces its weights by a whole UNet's, and adds the guidance embedding.
+    """Merges a LoRA list into VideoCrafter2's UNet, or replaces its weights, and adds the guidance embedding.
 
     Args:
         parts: VideoCrafter2's networks, without a frame-rate embedding put in yet; the UNet is changed in place.

@@ -1,8 +1,8 @@
 """The `UNet3DConditionModel` family: ModelScope, VideoCrafter2 and the embedded UNet. Epsilon prediction, DDIM.
 
-VideoCrafter2's network is diffusers' UNet3D plus a small frame-rate embedding that is added after the time embedding's MLP
-(`FpsTimeEmbedding`); its latents carry the scale s_t (`vdm_env.schedule.latent_scale_lvdm`). Its checkpoint is read by
-`vdm_env.models.lvdm`. T2V-Turbo builds on it in `vdm_env.models.t2v_turbo`.
+VideoCrafter2's network is diffusers' UNet3D plus a small frame-rate embedding that is added after the time
+embedding's MLP (`FpsTimeEmbedding`); its latents carry the scale s_t (`vdm_env.schedule.latent_scale_lvdm`). Its
+checkpoint is read by `vdm_env.models.lvdm`. T2V-Turbo builds on it in `vdm_env.models.t2v_turbo`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 import open_clip
 import torch
 from diffusers import AutoencoderKL, UNet3DConditionModel
-from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from vdm_env.models import local_weights, lvdm
 from vdm_env.models.base import Condition, FrameCodec, LatentVideoModel, ModelSpec, TokenTextEncoder, frozen
+from vdm_env.models.conditioning import CONDITIONING_FPS, FpsTimeEmbedding, add_fps_embedding
 from vdm_env.models.loading import load_folder
 from vdm_env.models.local_weights import Published
 from vdm_env.schedule import VPSchedule, latent_scale_lvdm, scaled_linear_alphas_cumprod
@@ -74,6 +74,8 @@ PUBLISHED = {
         licence="the one on the repository's page, not confirmed here; read it before anything but research",
     ),
 }
+
+
 def call_unet3d(denoiser: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
     """UNet3D on latents [B,C,F,H,W] and t [B] in [0, 999].
 
@@ -149,9 +151,10 @@ def build(
 def load(
     spec: ModelSpec, *, weights: str, scale: str, device: torch.device | str, dtype: torch.dtype, seed: int = 0
 ) -> LatentVideoModel:
-    """`MODELSCOPE` or `VIDEOCRAFTER2`; with `weights="random"` the real architecture untrained, `scale="tiny"` shrinks its widths.
+    """`MODELSCOPE` or `VIDEOCRAFTER2`; `weights="random"` is the architecture untrained, `scale="tiny"` narrow.
 
-    Pretrained weights are looked for as `vdm_env.models.local_weights` says; VideoCrafter2's `model.ckpt` is converted on first use.
+    Pretrained weights are looked for as `vdm_env.models.local_weights` says; VideoCrafter2's `model.ckpt` is converted
+    on first use.
 
     Raises:
         MissingWeightsError: `weights="pretrained"` and they are not on this machine.
@@ -196,7 +199,7 @@ def load_videocrafter2(*, device: torch.device | str, dtype: torch.dtype) -> Par
 
 
 def load_converted(folder: Path, *, device: torch.device | str, dtype: torch.dtype) -> Parts:
-    """Networks of a folder that `lvdm.save_folders` wrote; the frame-rate embedding is not put in yet (`add_fps_embedding`).
+    """Networks of a folder that `lvdm.save_folders` wrote, before `add_fps_embedding`.
 
     Raises:
         MissingWeightsError, CorruptWeightsError: a part is not there, or damaged.

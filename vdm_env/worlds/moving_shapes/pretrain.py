@@ -44,8 +44,8 @@ class Config:
     """update at which it is stopped; on purpose before the schedule ends"""
     unet_steps: int = 3000
     """length of the epsilon UNet's learning-rate schedule, in updates"""
-    unet_stop: int = 3000
-    """update at which it is stopped"""
+    unet_stop: int = 2000
+    """update at which it is stopped, likewise"""
     batch_size: int = 32
     """videos an update of a diffusion model"""
     num_videos: int = 16384
@@ -149,9 +149,7 @@ def _latents_and_text(config: Config) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat(latents), torch.cat(texts), embed([""])
 
 
-def _train_diffusion(
-    config: Config, net: nn.Module, kind: str, *, steps: int, stop: int, learning_rate: float
-) -> None:
+def _train_diffusion(config: Config, net: nn.Module, kind: str, *, steps: int, stop: int, learning_rate: float) -> None:
     latents, texts, empty = _latents_and_text(config)
     generator = torch.Generator().manual_seed(config.seed + 3)
     net.to(config.device)

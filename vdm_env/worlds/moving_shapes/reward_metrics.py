@@ -19,7 +19,8 @@ from vdm_env.rewards.clip_loading import world_tokenizer
 from vdm_env.rewards.loading import load_transformers, read_tensors
 from vdm_env.worlds.moving_shapes.gold import gold_score
 from vdm_env.worlds.moving_shapes.render import captions_of, random_labels, render, sample_scenes
-from vdm_env.worlds.moving_shapes.reward_data import Codec, Random, cleanness, degrade, measure_frames
+from vdm_env.worlds.moving_shapes.reward_codec import Codec
+from vdm_env.worlds.moving_shapes.reward_data import Random, cleanness, degrade, measure_frames
 
 _PGD_SIZE = 8 / 255
 _NUM = 256

@@ -55,6 +55,7 @@ def build_action() -> VideoMAEForVideoClassification:
             num_hidden_layers=4,
             num_attention_heads=4,
             use_mean_pooling=True,
+            initializer_range=0.1,  # the usual 0.02 suits wide networks; at width 64 attention would start out dead
             id2label={i: f"moving {d}" for i, d in enumerate(DIRECTIONS)},
         )
     )
