@@ -100,7 +100,8 @@ class DDPOConfig:
         Raises:
             ValueError: there are none for this model.
         """
-        presets = {"MovingShapes": cls(videos_per_rollout=64, updates_per_rollout=1, advantage="group")}
+        settings = cls(learning_rate=5e-4, videos_per_rollout=64, updates_per_rollout=1, advantage="group")
+        presets = {"MovingShapes": settings}
         if model not in presets:
             raise ValueError(f"no DDPO preset for {model!r}, only for {', '.join(presets)}; write DDPOConfig(...)")
         return presets[model]

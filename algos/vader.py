@@ -78,7 +78,7 @@ class VADERConfig:
         Raises:
             ValueError: there are none for this model.
         """
-        presets = {"MovingShapes": cls(learning_rate=1e-4, backprop_steps=1, videos_per_update=64)}
+        presets = {"MovingShapes": cls(learning_rate=1e-3, backprop_steps=1, videos_per_update=64)}
         if model not in presets:
             raise ValueError(f"no VADER preset for {model!r}, only for {', '.join(presets)}; write VADERConfig(...)")
         return presets[model]

@@ -23,8 +23,12 @@ from benchmarks.summary import difference, explain_unit, show, show_interval, su
 
 ENV_ID = "MovingShapes-HPS"
 REWARD = f"{ENV_ID} (own small weights)"
-# DDPO's advantages compare videos of one prompt, so its environment has groups.
-ENV_OPTIONS: dict[str, dict[str, Any]] = {"vader": {"num_envs": 16}, "ddpo": {"num_envs": 16, "group_size": 8}}
+# Half the model's steps and no guidance: a quarter of the cost of a video, and room above the base model's reward.
+SAMPLING: dict[str, Any] = {"num_envs": 16, "num_steps": 5, "guidance_scale": 1.0}
+ENV_OPTIONS: dict[str, dict[str, Any]] = {
+    "vader": {**SAMPLING, "decode_frames": "random1"},  # the frame subsampling of the paper
+    "ddpo": {**SAMPLING, "group_size": 8},  # its advantages compare videos of one prompt
+}
 LIMITS = (
     f"{REWARD}: the video model and the reward model were trained by this package on its own synthetic world. "
     "This is not HPSv2, and says nothing about how the algorithms rank on large models.",
@@ -49,33 +53,46 @@ class DemoConfig:
     """training seed"""
 
 
-def train(name: str, config: DemoConfig) -> Any:
-    """Trains one algorithm ("vader" or "ddpo") and returns its `algos.run.RunResult`."""
+def train(
+    name: str,
+    *,
+    out: Path,
+    budget: str,
+    seed: int,
+    command: str,
+    env_id: str = ENV_ID,
+    split: str = "test",
+    noise_seeds: Sequence[int] = _NOISE_SEEDS,
+) -> Any:
+    """Trains one algorithm ("vader" or "ddpo") on train prompts and evaluates it on `split`.
+
+    Returns:
+        The `algos.run.RunResult`; the run's folder is <out>/<algorithm>/<env_id>/seed_<n>.
+    """
     started = time.perf_counter()
     import algos
     import vdm_env
-    from algos.run import run_folder, seconds
+    from algos.run import run_folder
 
     classes: dict[str, tuple[Any, Any]] = {
         "vader": (algos.VADER, algos.VADERConfig),
         "ddpo": (algos.DDPO, algos.DDPOConfig),
     }
     algorithm_class, config_class = classes[name]
-    env = vdm_env.make(ENV_ID, seed=config.seed, **ENV_OPTIONS[name])
-    policy = env.make_policy()
-    algorithm = algorithm_class(env, policy, replace(config_class.preset("MovingShapes"), seed=config.seed))
-    test = env.derive(split="test", num_envs=16, group_size=1)
-    prompt_ids = test.prompt_ids("test")
+    env = vdm_env.make(env_id, seed=seed, **ENV_OPTIONS[name])
+    policy = env.make_policy(seed=seed)
+    algorithm = algorithm_class(env, policy, replace(config_class.preset("MovingShapes"), seed=seed))
+    held_out = env.derive(split=split, num_envs=16, group_size=1, decode_frames=None)
+    prompt_ids = held_out.prompt_ids(split)
     every = max(1, len(prompt_ids) // _NUM_PROMPTS)  # spread over the split, whose neighbours resemble each other
-    evaluator = algos.Evaluator(test, prompt_ids[::every][:_NUM_PROMPTS], _NOISE_SEEDS, num_videos=_NUM_VIDEOS)
+    evaluator = algos.Evaluator(held_out, prompt_ids[::every][:_NUM_PROMPTS], noise_seeds, num_videos=_NUM_VIDEOS)
     return algos.run(
         algorithm,
-        out=run_folder(Path(config.out).parent, Path(config.out).name, name, ENV_ID, config.seed),
-        budget=config.budget,
+        out=run_folder(out.parent, out.name, name, env_id, seed),
+        budget=budget,
         evaluate=evaluator,
-        eval_every=f"{seconds(config.budget) / _EVALUATIONS}s",
-        seed=config.seed,
-        task=_task(env, config),
+        seed=seed,
+        task=_task(env, env_id, command),
         algo=name,
         env=env,
         policy=policy,
@@ -83,24 +100,25 @@ def train(name: str, config: DemoConfig) -> Any:
     )
 
 
-def _task(env: Any, config: DemoConfig) -> dict[str, Any]:
+def _task(env: Any, env_id: str, command: str) -> dict[str, Any]:
     frames, height, width = env.mdp.num_frames, env.mdp.height, env.mdp.width
     return {
-        "env_id": ENV_ID,
-        "model_id": ENV_ID.partition("-")[0],
-        "reward_train": REWARD,
+        "env_id": env_id,
+        "model_id": env_id.partition("-")[0],
+        "reward_train": f"{env_id} (own small weights)",
         "num_frames": frames,
         "height_px": height,
         "width_px": width,
         "num_steps": env.num_steps,
         "sampler": env.mdp.sampler,
         "noise_level": env.mdp.noise_level,
+        "guidance_scale": env.config.guidance_scale,
         "num_envs": env.num_envs,
         "group_size": env.group_size,
         "prompts_train_sha256": env.prompts.sha256("train"),
         "question": QUESTION,
         "limits": list(LIMITS),
-        "command": f"python -m benchmarks.demo --budget {config.budget} --out {config.out} --seed {config.seed}",
+        "command": command,
     }
 
 
@@ -109,6 +127,10 @@ def _clear(out: Path) -> None:
     for name in ENV_OPTIONS:
         for record in (out / name).glob("*/seed_*/run.json"):
             shutil.rmtree(record.parent)
+
+
+def _command(config: DemoConfig) -> str:
+    return f"python -m benchmarks.demo --budget {config.budget} --out {config.out} --seed {config.seed}"
 
 
 def results(out: Path) -> list[str]:
@@ -145,7 +167,8 @@ def demo(config: DemoConfig) -> int:
         _clear(out)
         for name in ENV_OPTIONS:
             print(f"{name}: setting up", flush=True)
-            if train(name, config).interrupted:
+            result = train(name, out=out, budget=config.budget, seed=config.seed, command=_command(config))
+            if result.interrupted:
                 interrupted = True
                 break
     except KeyboardInterrupt:

@@ -80,9 +80,8 @@ def _change(runs: Sequence[Run], at: Sequence[int], reward: str) -> Change | Non
     difference, unit = _interval(pairs)
     # Means over the prompts that have both: otherwise the difference would not be after - before.
     shared = [(after, before, set(after) & set(before)) for after, before in pairs]
-    after_mean, before_mean = (
-        float(np.mean([np.mean([found[side][prompt] for prompt in found[2]]) for found in shared])) for side in (0, 1)
-    )
+    after_mean = float(np.mean([np.mean([after[prompt] for prompt in both]) for after, _, both in shared]))
+    before_mean = float(np.mean([np.mean([before[prompt] for prompt in both]) for _, before, both in shared]))
     return Change(before_mean, after_mean, difference, unit)
 
 

@@ -14,7 +14,12 @@ from vdm_env.models.base import FrameCodec, LatentVideoModel, ModelSpec, TokenTe
 from vdm_env.schedule import FlowSchedule
 from vdm_env.worlds.moving_shapes.networks import build_tokenizer
 
-PROMPTS = ["a red circle moving left", "a blue square moving right", "a green circle moving up", "a red square moving down"]
+PROMPTS = [
+    "a red circle moving left",
+    "a blue square moving right",
+    "a green circle moving up",
+    "a red square moving down",
+]
 TEXT_WIDTH = 16
 LATENT_SHAPE = (4, 2, 4, 4)
 
@@ -71,7 +76,7 @@ def _denoiser(kind: str) -> torch.nn.Module:
 
 
 def tiny_model(kind: str = "flow", dtype: torch.dtype = torch.float32) -> LatentVideoModel:
-    """A model of the flow ("flow") or epsilon ("unet") family: 2 frames of 16x16, latents [4,2,4,4]. Always the same weights."""
+    """A model of the flow ("flow") or epsilon ("unet") family, 2 frames of 16x16; the same weights each time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         denoiser = _denoiser(kind)

@@ -102,7 +102,7 @@ def forgets_the_seed(env, own, given):
 
 
 def careless_mask(env, own, given):
-    return own(options={})if "reset_mask" in (given.get("options") or {}) else own(**given)
+    return own(options={}) if "reset_mask" in (given.get("options") or {}) else own(**given)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,10 @@ def careless_mask(env, own, given):
         (lambda: Broken(step=in_place), "changed the previous observation's 'latents'"),
         (lambda: Broken(step=forgiving), "finished env was stepped without an error"),
         (lambda: Broken(step=changed_step(lambda e, o, r, d, t, i: (o, r[:, None], d, t, i))), "reward has shape"),
-        (lambda: Broken(step=changed_step(lambda e, o, r, d, t, i: (o, r + 1, d, t, i))), "expected 0 before the last step"),
+        (
+            lambda: Broken(step=changed_step(lambda e, o, r, d, t, i: (o, r + 1, d, t, i))),
+            "expected 0 before the last step",
+        ),
         (lambda: Broken(step=changed_step(lambda e, o, r, d, t, i: (o, r, ~d, t, i))), "only the last step ends"),
         (lambda: Broken(step=changed_step(lambda e, o, r, d, t, i: (o, r, d, ~t, i))), "truncated is True"),
         (lambda: Broken(step=changed_step(lambda e, o, r, d, t, i: (o, r.detach(), d, t, i))), "has no graph"),
@@ -196,7 +199,9 @@ def test_our_models_pass(kind):
 
 def test_a_random_model_at_tiny_scale_passes():
     with pytest.warns(UserWarning, match="random weights"):
-        env = vdm_env.make("VideoCrafter2-Brightness", weights="random", scale="tiny", height=64, width=64, num_frames=2, num_steps=2)
+        env = vdm_env.make(
+            "VideoCrafter2-Brightness", weights="random", scale="tiny", height=64, width=64, num_frames=2, num_steps=2
+        )
     model = replace(env.model, spec=replace(env.model.spec, height=64, width=64, num_frames=2))
     check_model(model)
     check_env_spec(env)

@@ -9,7 +9,7 @@ import torch
 from models import LATENT_SHAPE, PROMPTS, brightness, tiny_env, tiny_model
 
 from vdm_env import make, noise
-from vdm_env.env import MAX_SEED
+from vdm_env.starts import MAX_SEED
 
 KINDS = ("flow", "unet")
 
@@ -110,7 +110,9 @@ def test_noise_belongs_to_the_video_not_to_its_place_in_the_batch():
     assert torch.equal(small["latents"], large["latents"][[3, 1]])
     with torch.no_grad():
         # The same networks give the same numbers up to what a matrix product of another batch size rounds differently.
-        torch.testing.assert_close(play(env, policy, small)[1], play(wide, wide_policy, large)[1][[3, 1]], rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            play(env, policy, small)[1], play(wide, wide_policy, large)[1][[3, 1]], rtol=0, atol=1e-5
+        )
 
 
 def test_a_group_shares_its_prompt_but_not_its_noise():
@@ -127,9 +129,15 @@ def test_prompts_are_an_endless_shuffle_of_the_split():
     env.reset(seed=3)
     drawn = [int(i) for _ in range(4) for i in env.reset()[0]["prompt_id"]]
     env.reset(seed=3)
-    assert sorted(drawn[2:6]) == [0, 1, 2, 3] and drawn == [int(i) for _ in range(4) for i in env.reset()[0]["prompt_id"]]
+    assert sorted(drawn[2:6]) == [0, 1, 2, 3] and drawn == [
+        int(i) for _ in range(4) for i in env.reset()[0]["prompt_id"]
+    ]
     test = env.derive(split="test")
-    assert test.reset()[0]["prompt_id"].tolist() == [4, 4] and test.prompt_ids() == [4] and test.prompt_ids("train") == [0, 1, 2, 3]
+    assert (
+        test.reset()[0]["prompt_id"].tolist() == [4, 4]
+        and test.prompt_ids() == [4]
+        and test.prompt_ids("train") == [0, 1, 2, 3]
+    )
 
 
 def test_a_text_given_at_reset_gets_the_next_number():
@@ -263,7 +271,11 @@ def test_gradient_through_step_equals_a_hand_written_loop_bit_for_bit(kind, nois
         (lambda a: a[:1], ValueError, r"shape \(2, 4, 2, 4, 4\).*got \(1, 4, 2, 4, 4\)"),
         (lambda a: a.numpy(), TypeError, "float tensor.*ndarray"),
         (lambda a: a.long(), TypeError, "float tensor.*int64"),
-        (lambda a: a.clone().index_fill_(0, torch.tensor([1]), torch.nan), ValueError, r"NaN or infinity for envs \[1\]"),
+        (
+            lambda a: a.clone().index_fill_(0, torch.tensor([1]), torch.nan),
+            ValueError,
+            r"NaN or infinity for envs \[1\]",
+        ),
         (lambda a: a / 0, ValueError, r"NaN or infinity for envs \[0, 1\]"),
     ],
 )

@@ -58,7 +58,9 @@ def test_policies_on_one_network_do_not_disturb_each_other(kind):
     base = env.make_policy(lora_rank=2).mean(obs)
     a = nudge(env.make_policy(lora_rank=2))
     alone = a.mean(obs)
-    b = nudge(env.make_policy(lora_rank=4, lora_targets=["to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "linear_1"]), 0.1)
+    b = nudge(
+        env.make_policy(lora_rank=4, lora_targets=["to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "linear_1"]), 0.1
+    )
     other = b.mean(obs)
     assert torch.equal(a.mean(obs), alone) and torch.equal(b.mean(obs), other) and not torch.equal(alone, other)
     whole = env.make_policy(lora_rank=0)
@@ -233,10 +235,16 @@ def test_mean_normal_against_torch():
     each = torch.distributions.Normal(loc[[0, 2]], scale[[0, 2], None, None]).log_prob(value[[0, 2]])
     torch.testing.assert_close(dist.log_prob(value)[[0, 2]], each.mean((1, 2)))
     torch.testing.assert_close(dist.log_prob_sum(value)[[0, 2]], each.double().sum((1, 2)))
-    assert dist.log_prob(value)[1] == dist.log_prob_sum(value)[1] == 0 and dist.log_prob_sum(value).dtype == torch.float64
+    assert (
+        dist.log_prob(value)[1] == dist.log_prob_sum(value)[1] == 0 and dist.log_prob_sum(value).dtype == torch.float64
+    )
     entropy = torch.distributions.Normal(loc[[0, 2]], scale[[0, 2], None, None]).entropy().mean((1, 2))
     torch.testing.assert_close(dist.entropy(), torch.stack([entropy[0], torch.tensor(0.0), entropy[1]]))
-    assert torch.equal(dist.mean, loc) and torch.equal(dist.mode, loc) and torch.equal(dist.stddev[2], torch.full((4, 2), 2.0))
+    assert (
+        torch.equal(dist.mean, loc)
+        and torch.equal(dist.mode, loc)
+        and torch.equal(dist.stddev[2], torch.full((4, 2), 2.0))
+    )
     assert torch.equal(dist.rsample(noise=value)[1], loc[1]) and torch.equal(dist.rsample(noise=value)[2], loc[2] + 2)
 
 

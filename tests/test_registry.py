@@ -40,7 +40,10 @@ def plug_in(monkeypatch):
 
 def test_ids_are_parsed():
     assert registry.parse_id("MovingShapes-HPS") == ("MovingShapes", {"HPS": 1.0})
-    assert registry.parse_id("vdm_env/VideoCrafter2-HPS+0.1*Aesthetic-v0") == ("VideoCrafter2", {"HPS": 1.0, "Aesthetic": 0.1})
+    assert registry.parse_id("vdm_env/VideoCrafter2-HPS+0.1*Aesthetic-v0") == (
+        "VideoCrafter2",
+        {"HPS": 1.0, "Aesthetic": 0.1},
+    )
 
 
 @pytest.mark.parametrize(
@@ -80,7 +83,9 @@ def test_importing_imports_no_network_and_no_torchrl():
         "heavy = {'torchrl', 'diffusers', 'open_clip', 'vdm_env.models.unet3d', 'vdm_env.models.moving_shapes'}\n"
         "sys.exit(f'imported: {heavy & set(sys.modules)}' if heavy & set(sys.modules) else 0)"
     )
-    done = subprocess.run([sys.executable, "-W", "error::UserWarning:gymnasium", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:gymnasium", "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -95,7 +100,11 @@ def test_plug_ins_reach_every_entrance(plug_in):
     wide = gymnasium.make_vec(f"vdm_env/{plug_in}-v0", num_envs=3, **options)
     single = gymnasium.make(f"vdm_env/{plug_in}-v0", render_mode="rgb_array", **options)
     torchrl = make(plug_in, api="torchrl", **options)
-    assert wide.num_envs == 3 and isinstance(wide.unwrapped, vdm_env.DenoisingVectorEnv) and single.unwrapped.num_steps == 2
+    assert (
+        wide.num_envs == 3
+        and isinstance(wide.unwrapped, vdm_env.DenoisingVectorEnv)
+        and single.unwrapped.num_steps == 2
+    )
     with pytest.raises(ValueError, match="num_envs.*do not fit a single env"):
         gymnasium.make(f"vdm_env/{plug_in}-v0", num_envs=2)
 
@@ -162,9 +171,13 @@ def test_a_sampler_brings_its_own_noise_level():
 
 def test_random_weights_need_no_file_and_warn():
     with pytest.warns(UserWarning, match="random weights"):
-        a = make("ModelScope-Brightness", weights="random", scale="tiny", height=16, width=16, num_frames=1, num_steps=1)
+        a = make(
+            "ModelScope-Brightness", weights="random", scale="tiny", height=16, width=16, num_frames=1, num_steps=1
+        )
     with pytest.warns(UserWarning):
-        b = make("ModelScope-Brightness", weights="random", scale="tiny", height=16, width=16, num_frames=1, num_steps=1)
+        b = make(
+            "ModelScope-Brightness", weights="random", scale="tiny", height=16, width=16, num_frames=1, num_steps=1
+        )
     pairs = zip(a.model.denoiser.parameters(), b.model.denoiser.parameters(), strict=True)
     assert all(torch.equal(p, q) for p, q in pairs)
     obs, _ = a.reset(seed=0)
@@ -197,7 +210,9 @@ def test_damaged_model_files_are_named(tmp_path, part, harm):
     elif harm == "empty":
         file.write_bytes(b"")
     elif harm == "other":
-        shutil.copy(next((folder / ("shared/vae" if part != "shared/vae" else "flow/transformer")).glob("*.safetensors")), file)
+        shutil.copy(
+            next((folder / ("shared/vae" if part != "shared/vae" else "flow/transformer")).glob("*.safetensors")), file
+        )
     else:
         file.unlink()
         error = MissingWeightsError
@@ -224,4 +239,7 @@ def test_the_embedded_world_is_made_by_name():
         obs, reward, *_ = env.step(policy(obs))
     reward.sum().backward()
     assert any(p.grad is not None and p.grad.any() for p in policy.trainable_parameters())
-    assert env.mdp.gold(env.mdp.decode(obs["latents"]).detach(), [env.prompts[int(i)] for i in obs["prompt_id"]]) is not None
+    assert (
+        env.mdp.gold(env.mdp.decode(obs["latents"]).detach(), [env.prompts[int(i)] for i in obs["prompt_id"]])
+        is not None
+    )

@@ -348,6 +348,13 @@ def test_missing_weights_say_what_to_fetch(name: str, mentions: list[str], tmp_p
         assert text in str(caught.value)
 
 
+@pytest.mark.usefixtures("empty_cache")
+def test_missing_aesthetic_head_says_where_it_is(tmp_path: Path) -> None:
+    build("Aesthetic", world=None).backbone.model.save_pretrained(tmp_path)
+    with pytest.raises(MissingWeightsError, match=r"linearMSE\.pth.*curl.*sha256 [0-9a-f]{64}\).*MovingShapes-HPS"):
+        REWARDS["Aesthetic"].build(RewardContext(folder=tmp_path))
+
+
 def test_context_is_checked() -> None:
     for bad, message in (
         ({"weights": "pretty"}, "weights='pretty'.*pretrained"),

@@ -22,7 +22,9 @@ def nudge(policy):
     return policy
 
 
-@pytest.mark.parametrize("options", [{}, {"kind": "unet"}, {"observe_embedding": True}, {"num_steps": 2}, {"num_envs": 1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"kind": "unet"}, {"observe_embedding": True}, {"num_steps": 2}, {"num_envs": 1}]
+)
 def test_torchrl_check_env_specs_passes(options):
     check_env_specs(tiny_env(api="torchrl", **options), break_when_any_done="both")
     check_env_specs(tiny_env(**options).to_torchrl(), seed=3)
@@ -54,7 +56,9 @@ def test_the_same_seed_gives_the_vector_env_s_episode():
                 for name, value in obs.items():
                     assert torch.equal(td[:, k][name], value), (k, name)
                 obs, reward, *_ = vector.step(policy(obs))
-        assert torch.equal(td["next", "reward"][:, -1, 0], reward) and torch.equal(td["next", "latents"][:, -1], obs["latents"])
+        assert torch.equal(td["next", "reward"][:, -1, 0], reward) and torch.equal(
+            td["next", "latents"][:, -1], obs["latents"]
+        )
     first, again = env.reset(seed=9), env.reset(seed=9)
     assert torch.equal(first["latents"], again["latents"])
 
@@ -93,10 +97,17 @@ def test_a_rollout_starts_anywhere():
     with torch.no_grad():
         whole = env.rollout(4, module, tensordict=env.reset(seed=1), auto_reset=False)
         env.reset(seed=2)  # the env itself stands elsewhere now
-        rest = env.rollout(4, module, tensordict=whole[:, 2].select(*env.observation_spec.keys(), "done", "terminated"), auto_reset=False)
+        rest = env.rollout(
+            4,
+            module,
+            tensordict=whole[:, 2].select(*env.observation_spec.keys(), "done", "terminated"),
+            auto_reset=False,
+        )
     assert rest.batch_size == (2, 2) and torch.equal(rest["next", "reward"], whole["next", "reward"][:, 2:])
     td = env.reset(options={"prompts": PROMPTS[2:], "step": 3})
-    assert td["prompt_id"].tolist() == [2, 3] and env.rollout(4, module, tensordict=td, auto_reset=False).batch_size == (2, 1)
+    assert td["prompt_id"].tolist() == [2, 3] and env.rollout(
+        4, module, tensordict=td, auto_reset=False
+    ).batch_size == (2, 1)
 
 
 def test_partial_reset_leaves_the_others_bit_identical():
@@ -135,7 +146,9 @@ def test_an_actor_samples_the_policy_s_own_episode():
         acted = env.rollout(4, actor, tensordict=env.reset(seed=4), auto_reset=False)
         torch.manual_seed(1)
         called = env.rollout(4, make_module(policy), tensordict=env.reset(seed=4), auto_reset=False)
-    assert torch.equal(acted["action"], called["action"]) and torch.equal(acted["next", "reward"], called["next", "reward"])
+    assert torch.equal(acted["action"], called["action"]) and torch.equal(
+        acted["next", "reward"], called["next", "reward"]
+    )
     trained = {id(p) for p in actor.parameters() if p.requires_grad}
     assert trained == {id(p) for p in policy.trainable_parameters()}
 
@@ -148,7 +161,9 @@ def test_clipped_ppo_loss_without_critic_equals_its_formula():
         td = env.rollout(3, actor, tensordict=env.reset(seed=4), auto_reset=False).flatten()
     td["advantage"] = torch.linspace(-1, 1, len(td))[:, None]
     old = td["action_log_prob"].clone()
-    torch.testing.assert_close(policy.dist(td).log_prob(td["action"]), old, rtol=1e-6, atol=1e-6)  # ratio 1 before any update
+    torch.testing.assert_close(
+        policy.dist(td).log_prob(td["action"]), old, rtol=1e-6, atol=1e-6
+    )  # ratio 1 before any update
     with torch.no_grad():
         for parameter in policy.trainable_parameters():
             parameter.mul_(1.05)

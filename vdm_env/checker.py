@@ -1,7 +1,7 @@
 """The contracts, as functions that try them: for environments, rewards and models that somebody plugs in.
 
-Each raises `ContractError` at the first breach, saying what was found, what was expected and what to do, and returns None if all is
-well. They run no network but the one they check, and take seconds at small sizes.
+Each raises `ContractError` at the first breach, saying what was found, what was expected and what to do, and returns
+None if all is well. They run no network but the one they check, and take seconds at small sizes.
 """
 
 from __future__ import annotations
@@ -12,156 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vdm_env.env_drivers import Driver, driver_of
-from vdm_env.errors import ContractError
+from vdm_env.check_env import check_env_spec
+from vdm_env.errors import expect
 from vdm_env.models.base import VideoModel
-from vdm_env.noise import generator_for, normal
+from vdm_env.noise import generator_for
 from vdm_env.rewards.base import as_reward, score_parts, select_frames
 
+__all__ = ["check_env_spec", "check_model", "check_reward"]
+
 _PROMPTS = ("a red circle moving left", "a blue square moving right")
-
-
-def expect(condition: bool, message: str) -> None:
-    """Raises ContractError with the message unless the condition holds."""
-    if not condition:
-        raise ContractError(message)
-
-
-# ---------------------------------------------------------------------------------------------------- environments
-
-
-def check_env_spec(env: Any) -> None:
-    """Checks an environment of any of the three kinds: torch-native vector env, single numpy env, TorchRL `EnvBase`.
-
-    Observation (keys, shapes, types, the space's bounds), seeding, the transition, rewards and ends, that old observations stay as they
-    were, autograd, partial resets, and that a finished env, a misshapen action and NaN are refused. Actions are plain noise: the
-    network is never run, the reward model is. The env is left in the middle of nothing: reset it afterwards.
-
-    Raises:
-        ContractError: the first breach found.
-        TypeError: not an environment of these kinds.
-    """
-    driver = driver_of(env)
-    _check_start(driver)
-    first = _check_episode(driver, seed=7)
-    second = _check_episode(driver, seed=7)
-    for name in ("latents", "reward"):
-        same = torch.allclose(first[name], second[name], rtol=1e-4, atol=1e-6)
-        expect(same, f"the same seed and actions gave another final {name}; draw all randomness from the seed")
-    _check_refusals(driver)
-    if driver.keeps_graph:
-        _check_graph(driver)
-    if driver.num_envs > driver.group_size and driver.takes_mask:
-        _check_partial_reset(driver)
-
-
-def _check_start(driver: Driver) -> None:
-    batch, shape = driver.num_envs, tuple(driver.mdp.latent_shape)
-    expect(driver.num_steps >= 1, f"num_steps is {driver.num_steps}; an episode has at least one denoising step")
-    obs = driver.reset(seed=3)
-    kinds = {"latents": (batch, *shape)} | dict.fromkeys(("timestep", "step", "action_std"), (batch,))
-    kinds |= dict.fromkeys(("stochastic", "prompt_id", "video_seed"), (batch,))
-    missing = sorted(set(kinds) - set(obs))
-    expect(not missing, f"the observation lacks {missing}; it needs {sorted(kinds)}")
-    for name, wanted in kinds.items():
-        got = tuple(obs[name].shape)
-        expect(got == wanted, f"observation {name!r} has shape {got}, expected {wanted}")
-    for name in ("step", "prompt_id", "video_seed"):
-        expect(obs[name].dtype == torch.int64, f"observation {name!r} is {obs[name].dtype}, expected torch.int64")
-    expect(obs["stochastic"].dtype == torch.bool, f"'stochastic' is {obs['stochastic'].dtype}, expected torch.bool")
-    for name in ("latents", "timestep", "action_std"):
-        expect(obs[name].is_floating_point(), f"observation {name!r} is {obs[name].dtype}, expected a float type")
-        expect(bool(torch.isfinite(obs[name]).all()), f"observation {name!r} has NaN or infinity after reset")
-    expect(not obs["step"].any(), f"'step' is {obs['step'].tolist()} after reset, expected 0 everywhere")
-    agree = bool(((obs["action_std"] > 0) == obs["stochastic"]).all())
-    expect(agree, "'stochastic' must be True exactly where 'action_std' > 0: policies rely on either")
-    expect(driver.in_space(), "the observation after reset is outside the env's own observation space or spec")
-    again, other = driver.reset(seed=3), driver.reset(seed=4)
-    for name, value in obs.items():
-        expect(torch.equal(value, again[name]), f"reset(seed=3) twice gave different {name!r}; seed everything from it")
-    expect(not torch.equal(other["latents"], obs["latents"]), "reset(seed=3) and reset(seed=4) gave the same latents")
-
-
-def _check_episode(driver: Driver, seed: int) -> dict[str, Tensor]:
-    obs = driver.reset(seed=seed)
-    reward = torch.zeros(driver.num_envs)
-    for k in range(driver.num_steps):
-        kept = {name: value.clone() for name, value in obs.items()}
-        action = _action(driver, obs)
-        after, reward, terminated, truncated = driver.step(action)
-        where = f"step {k} of {driver.num_steps}"
-        for name, value in kept.items():
-            expect(torch.equal(value, obs[name]), f"{where} changed the previous observation's {name!r}; return new tensors")
-        expect(tuple(reward.shape) == (driver.num_envs,), f"{where}: reward has shape {tuple(reward.shape)}, expected [num_envs]")
-        expected = driver.mdp.step(obs["latents"], action, obs["step"])
-        near = torch.allclose(after["latents"].to(expected), expected, rtol=1e-4, atol=1e-5)
-        expect(near, f"{where}: latents are not A_k x + B_k a of the table; use env.mdp.step")
-        expect(bool((after["step"] == k + 1).all()), f"{where}: 'step' is {after['step'].tolist()} afterwards, expected {k + 1}")
-        last = k == driver.num_steps - 1
-        flags = terminated.tolist()
-        expect(bool((terminated == last).all()), f"{where}: terminated is {flags}, expected {last}: only the last step ends")
-        expect(not bool(truncated.any()), f"{where}: truncated is True; episodes have a fixed length and are never cut")
-        if not last:
-            expect(not bool(reward.any()), f"{where}: reward is {reward.tolist()}, expected 0 before the last step")
-        expect(driver.in_space(), f"{where}: the observation is outside the env's own observation space or spec")
-        obs = after
-    expect(bool(torch.isfinite(reward).all()), f"the final reward is {reward.tolist()}, expected finite numbers")
-    quiet = not obs["stochastic"].any() and not obs["action_std"].any()
-    expect(quiet, "after the last step 'stochastic' must be False and 'action_std' 0: there is no further step")
-    return {"latents": obs["latents"].detach(), "reward": reward.detach()}
-
-
-def _check_refusals(driver: Driver) -> None:
-    obs = driver.reset(seed=5)
-    good = _action(driver, obs)
-    for action, what in ((good[..., :-1], "of the wrong shape"), (torch.full_like(good, torch.nan), "full of NaN")):
-        try:
-            driver.step(action)
-        except (ValueError, TypeError, RuntimeError):
-            continue
-        raise ContractError(f"an action {what} was accepted; raise ValueError and say what was expected")
-    obs = driver.reset(seed=5)
-    for _ in range(driver.num_steps):
-        obs = driver.step(_action(driver, obs))[0]
-    try:
-        driver.step(good)
-    except RuntimeError:
-        return
-    raise ContractError("a finished env was stepped without an error; raise RuntimeError, autoreset is off")
-
-
-def _check_graph(driver: Driver) -> None:
-    if not driver.mdp.reward.differentiable:
-        return
-    obs = driver.reset(seed=5)
-    actions = []
-    reward = torch.zeros(driver.num_envs)
-    for _ in range(driver.num_steps):
-        actions.append(_action(driver, obs).requires_grad_())
-        obs, reward, *_ = driver.step(actions[-1])
-    what = "the reward says it is differentiable, but"
-    expect(reward.requires_grad, f"{what} the final reward has no graph; keep step free of detach and no_grad, or say it is not")
-    gradients = torch.autograd.grad(reward.sum(), actions, allow_unused=True)
-    for k, gradient in enumerate(gradients):
-        expect(gradient is not None, f"{what} no gradient reaches the action of step {k}")
-        expect(bool(torch.isfinite(gradient).all()), f"{what} its gradient at the action of step {k} is not finite")
-
-
-def _check_partial_reset(driver: Driver) -> None:
-    obs = driver.reset(seed=5)
-    before = driver.step(_action(driver, obs))[0]
-    mask = torch.zeros(driver.num_envs, dtype=torch.bool)
-    mask[: driver.group_size] = True
-    after = driver.reset(options={"reset_mask": mask})
-    for name, value in before.items():
-        kept = torch.equal(after[name].cpu()[~mask], value.cpu()[~mask])
-        expect(kept, f"reset_mask changed {name!r} of envs it did not name; leave them bit-identical")
-    expect(not after["step"].cpu()[mask].any(), "envs named by reset_mask do not start at step 0")
-
-
-def _action(driver: Driver, obs: dict[str, Tensor]) -> Tensor:
-    drawn = normal(obs["video_seed"], obs["step"], obs["latents"].shape[1:])
-    return drawn.to(obs["latents"].device, obs["latents"].dtype)
 
 
 # --------------------------------------------------------------------------------------------------------- rewards
@@ -177,8 +36,8 @@ def check_reward(
 ) -> None:
     """Checks a reward (or a plain function of (video, prompts)) on random videos, one for each prompt.
 
-    Its attributes, one finite float a video within `range`, the same scores for the same input, no influence of a video on another's score,
-    an untouched input, and for a differentiable one finite gradients that are not all zero.
+    Its attributes, one finite float a video within `range`, the same scores for the same input, no influence of a
+    video on another's score, an untouched input, and for a differentiable one finite gradients that are not all zero.
 
     Args:
         reward: what to check.
@@ -194,9 +53,14 @@ def check_reward(
     reward = as_reward(reward)
     name = f"reward {reward.name!r}"
     expect(isinstance(reward.name, str) and bool(reward.name), f"a reward needs a name, got {reward.name!r}")
-    expect(isinstance(reward.differentiable, bool), f"{name}: differentiable is {reward.differentiable!r}, expected True or False")
+    expect(
+        isinstance(reward.differentiable, bool),
+        f"{name}: differentiable is {reward.differentiable!r}, expected True or False",
+    )
     low, high = reward.range
-    expect(low < high, f"{name}: range is ({low}, {high}), expected (low, high) with low < high; infinite where unknown")
+    expect(
+        low < high, f"{name}: range is ({low}, {high}), expected (low, high) with low < high; infinite where unknown"
+    )
     frames = select_frames(reward.frames, size[0], 0)
     expect(len(prompts) >= 2, f"give at least two prompts, got {list(prompts)}")
     batch = len(prompts)
@@ -210,11 +74,15 @@ def check_reward(
         expect(inside, f"{name} gave {scores.tolist()}, outside its range ({low}, {high}); correct one of them")
         allowed = tolerance * max(1e-6, float(scores.abs().max()))
         twice = score_parts(reward, video, texts)[0]
-        expect(_near(scores, twice, allowed), f"{name}: {scores.tolist()}, then {twice.tolist()} for the same input; is dropout on?")
+        expect(
+            _near(scores, twice, allowed),
+            f"{name}: {scores.tolist()}, then {twice.tolist()} for the same input; is dropout on?",
+        )
         turned = score_parts(reward, video.flip(0), texts[::-1])[0].flip(0)
         alone = torch.cat([score_parts(reward, video[i : i + 1], texts[i : i + 1])[0] for i in range(batch)])
     for other, what in ((turned, "in another order"), (alone, "one by one")):
-        message = f"{name}: {scores.tolist()} in a batch, {other.tolist()} {what}; score i may depend on video i and prompt i only"
+        given = f"{scores.tolist()} in a batch, {other.tolist()} {what}"
+        message = f"{name}: {given}; score i may depend on video i and prompt i only"
         expect(_near(scores, other, allowed), message)
     if reward.differentiable:
         _check_reward_gradient(reward, video, texts, name)
@@ -227,8 +95,14 @@ def _check_reward_gradient(reward: Any, video: Tensor, prompts: list[str], name:
     expect(scores.requires_grad, f"{name} says it is differentiable, but its scores have no graph; {hint}")
     (gradient,) = torch.autograd.grad(scores[0], pixels, allow_unused=True)
     expect(gradient is not None and bool(gradient[0].any()), f"{name}: no gradient reaches the pixels; {hint}")
-    expect(bool(torch.isfinite(gradient).all()), f"{name}: its gradient is not finite; look for a square root or division at 0")
-    expect(not bool(gradient[1:].any()), f"{name}: the score of video 0 has a gradient at other videos; score each by itself")
+    expect(
+        bool(torch.isfinite(gradient).all()),
+        f"{name}: its gradient is not finite; look for a square root or division at 0",
+    )
+    expect(
+        not bool(gradient[1:].any()),
+        f"{name}: the score of video 0 has a gradient at other videos; score each by itself",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- models
@@ -240,13 +114,24 @@ def check_model(model: Any, *, prompts: Sequence[str] = _PROMPTS, tolerance: flo
     Raises:
         ContractError: the first breach found.
     """
-    expect(isinstance(model, VideoModel), f"{type(model).__name__} lacks attributes or methods of vdm_env.models.VideoModel")
+    expect(
+        isinstance(model, VideoModel),
+        f"{type(model).__name__} lacks attributes or methods of vdm_env.models.VideoModel",
+    )
     spec, name = model.spec, f"model {model.spec.name!r}"
-    expect(isinstance(model.denoiser, nn.Module), f"{name}: denoiser is {type(model.denoiser).__name__}, expected an nn.Module")
-    expect(not any(m.training for m in model.denoiser.modules()), f"{name}: denoiser is in training mode (dropout); call eval()")
+    expect(
+        isinstance(model.denoiser, nn.Module),
+        f"{name}: denoiser is {type(model.denoiser).__name__}, expected an nn.Module",
+    )
+    expect(
+        not any(m.training for m in model.denoiser.modules()),
+        f"{name}: denoiser is in training mode (dropout); call eval()",
+    )
     wanted = tuple(spec.lora_targets)
     linear = [n for n, m in model.denoiser.named_modules() if isinstance(m, nn.Linear) and n.endswith(wanted)]
-    expect(bool(linear), f"{name}: no linear layer's name ends with one of lora_targets {list(wanted)}; correct the spec")
+    expect(
+        bool(linear), f"{name}: no linear layer's name ends with one of lora_targets {list(wanted)}; correct the spec"
+    )
     expect(len(prompts) >= 2, f"give at least two prompts, got {list(prompts)}")
     shape = model.latent_shape(spec.num_frames, spec.height, spec.width)
     for frames, height, width in ((0, spec.height, spec.width), (spec.num_frames, spec.height + 1, spec.width)):
@@ -255,7 +140,10 @@ def check_model(model: Any, *, prompts: Sequence[str] = _PROMPTS, tolerance: flo
         except ValueError:
             continue
         odd = spec.spatial_stride > 1 or frames == 0
-        expect(not odd, f"{name}: latent_shape({frames}, {height}, {width}) must raise ValueError, the model cannot make it")
+        expect(
+            not odd,
+            f"{name}: latent_shape({frames}, {height}, {width}) must raise ValueError, the model cannot make it",
+        )
     table = model.schedule.table(spec.num_steps, spec.sampler, spec.noise_level)
     _check_network(model, name, tuple(shape), table.timesteps, list(prompts), tolerance)
     _check_codec(model, name, tuple(shape), tolerance)
@@ -278,12 +166,22 @@ def _check_network(
         expect(output.shape == x.shape, f"{name}: predict gave {tuple(output.shape)} for latents {tuple(x.shape)}")
         expect(bool(torch.isfinite(output).all()), f"{name}: predict gave NaN or infinity for plain noise")
         allowed = tolerance * float(output.abs().max())
-        expect(_near(output, model.predict(x, t, condition), allowed), f"{name}: predict is not deterministic; is dropout on?")
-        rows = [model.predict(x[i : i + 1], t[i : i + 1], {k: v[i : i + 1] for k, v in condition.items()}) for i in range(batch)]
+        expect(
+            _near(output, model.predict(x, t, condition), allowed),
+            f"{name}: predict is not deterministic; is dropout on?",
+        )
+        rows = [
+            model.predict(x[i : i + 1], t[i : i + 1], {k: v[i : i + 1] for k, v in condition.items()})
+            for i in range(batch)
+        ]
     same = _near(output, torch.cat(rows), allowed)
-    expect(same, f"{name}: a video's output depends on the batch; each has its own t [B], condition and no other influence")
+    expect(
+        same, f"{name}: a video's output depends on the batch; each has its own t [B], condition and no other influence"
+    )
     leaf = x.clone().requires_grad_()
-    expect(model.predict(leaf, t, condition).requires_grad, f"{name}: predict cuts the graph; remove no_grad and detach")
+    expect(
+        model.predict(leaf, t, condition).requires_grad, f"{name}: predict cuts the graph; remove no_grad and detach"
+    )
 
 
 def _check_codec(model: VideoModel, name: str, shape: tuple[int, ...], tolerance: float) -> None:
@@ -300,7 +198,10 @@ def _check_codec(model: VideoModel, name: str, shape: tuple[int, ...], tolerance
     expect(decoded.requires_grad, f"{name}: decode cuts the graph, so no reward can be back-propagated; remove no_grad")
     chosen = torch.tensor([[spec.num_frames - 1]])
     some = model.decode(latents, chosen)
-    expect(_near(some, decoded[:, -1:], tolerance), f"{name}: decode(latents, frames) differs from those frames of decode(latents)")
+    expect(
+        _near(some, decoded[:, -1:], tolerance),
+        f"{name}: decode(latents, frames) differs from those frames of decode(latents)",
+    )
 
 
 def _near(a: Tensor, b: Tensor, allowed: float) -> bool:

@@ -14,7 +14,7 @@ Step = tuple[dict[str, Tensor], Tensor, Tensor, Tensor]
 
 
 class Driver(Protocol):
-    """An environment as dicts of tensors with the batch first. `step` returns observation, reward, terminated, truncated, [B] each."""
+    """An environment as dicts of tensors, batch first; `step` gives observation, reward, terminated and truncated."""
 
     mdp: Any
     num_envs: int
@@ -72,7 +72,7 @@ class SingleDriver:
 
     def step(self, action: Tensor) -> Step:
         self.obs, reward, terminated, truncated, _ = self.env.step(action[0].numpy())
-        return self._batched(self.obs), *(torch.tensor([value]) for value in (reward, terminated, truncated))
+        return self._batched(self.obs), torch.tensor([reward]), torch.tensor([terminated]), torch.tensor([truncated])
 
     def in_space(self) -> bool:
         return bool(self.env.observation_space.contains(self.obs))

@@ -16,3 +16,9 @@ class CorruptWeightsError(ValueError):
 
 class ContractError(ValueError):
     """A plugged-in environment, reward or model breaks its contract; the message says where and what to do."""
+
+
+def expect(condition: bool, message: str) -> None:
+    """Raises ContractError with the message unless the condition holds."""
+    if not condition:
+        raise ContractError(message)

@@ -1,8 +1,8 @@
 """Registration with Gymnasium: `gymnasium.make("vdm_env/MovingShapes-HPS-v0")` and `gymnasium.make_vec(...)`.
 
-Entry points are strings, so registering imports neither a network nor torchrl. Gymnasium has no plug-in mechanism of its own: import
-`vdm_env` first, or write `gymnasium.make("vdm_env:vdm_env/MovingShapes-HPS-v0")`. Its ids allow neither "+" nor "*"; for several rewards
-pass `reward={"HPS": 1.0, "Aesthetic": 0.1}`.
+Entry points are strings, so registering imports neither a network nor torchrl. Gymnasium has no plug-in mechanism of
+its own: import `vdm_env` first, or write `gymnasium.make("vdm_env:vdm_env/MovingShapes-HPS-v0")`. Its ids allow
+neither "+" nor "*"; for several rewards pass `reward={"HPS": 1.0, "Aesthetic": 0.1}`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def make_single(
 
     refused = sorted({"num_envs", "group_size", "api"} & set(options))
     if refused:
-        raise ValueError(f"{refused} do not fit a single env; use gymnasium.make_vec or vdm_env.make for several videos")
+        raise ValueError(
+            f"{refused} do not fit a single env; use gymnasium.make_vec or vdm_env.make for several videos"
+        )
     env = make(env_id, render_mode=render_mode, **options)
     return DenoisingEnv(env, observe_embedding=observe_embedding, action_bound=action_bound)
 

@@ -1,8 +1,8 @@
 """The denoising process as a Markov decision process: model + transition table + prompts + reward.
 
-State (x_k, t_k, prompt), action = what the network emits, transition x_{k+1} = A_k x_k + B_k a_k (`vdm_env.transition`), reward 0 until
-the last step and then the reward model's score of the decoded video. `DenoisingMDP` is the framework-free core; `vdm_env.env` and
-`vdm_env.torchrl` put their interfaces over it.
+State (x_k, t_k, prompt), action = what the network emits, transition x_{k+1} = A_k x_k + B_k a_k
+(`vdm_env.transition`), reward 0 until the last step and then the reward model's score of the decoded video.
+`DenoisingMDP` is the framework-free core; `vdm_env.env` and `vdm_env.torchrl` put their interfaces over it.
 
 Legend: B videos, S denoising steps, C F H W latent channels, frames, rows, columns.
 """
@@ -27,7 +27,7 @@ from vdm_env.transition import TransitionTable
 
 @dataclass
 class Counters:
-    """What was spent, cumulative since the MDP was made. Forwards and backwards count videos, both guidance branches apart."""
+    """What was spent since the MDP was made. Forwards and backwards count videos, each guidance branch by itself."""
 
     videos_sampled: int = 0
     reward_queries: int = 0
@@ -56,7 +56,8 @@ class DenoisingMDP:
         prompts: the texts and their splits.
         num_steps: denoising steps asked for (a grid may have one more, see `table.num_steps`).
         sampler: one of `model.schedule.samplers`.
-        noise_level: eta of DDIM or a of a flow SDE; one number, one for each step, or None for the sampler's published one.
+        noise_level: eta of DDIM or a of a flow SDE; one number, one for each step, or None for the sampler's
+            published one.
         size: (num_frames, height, width) of the video, in frames and pixels.
         decode_frames: which frames the reward sees; None leaves it to the reward.
         device: where latents live.
@@ -87,7 +88,9 @@ class DenoisingMDP:
         self.latent_shape = model.latent_shape(*size)
         self.device, self.dtype = torch.device(device), dtype
         self.decode_frames: FramePolicy = reward.frames if decode_frames is None else decode_frames
-        select_frames(self.decode_frames, self.num_frames, 0)  # refuses a policy that does not fit, before anything is spent
+        select_frames(
+            self.decode_frames, self.num_frames, 0
+        )  # refuses a policy that does not fit, before anything is spent
         self.sampler, self.noise_level = sampler, noise_level
         self.base_table = self.make_table(num_steps, sampler, noise_level)
         self.table = self.base_table
@@ -112,12 +115,12 @@ class DenoisingMDP:
         return self.schedule.num_train_timesteps
 
     def initial_latents(self, video_seeds: Tensor) -> Tensor:
-        """x at step 0, [B,C,F,H,W]: noise keyed by the video's seed, at the schedule's first noise level."""
+        """X at step 0, [B,C,F,H,W]: noise keyed by the video's seed, at the schedule's first noise level."""
         drawn = noise.normal(video_seeds, noise.INITIAL, self.latent_shape)
         return drawn.to(self.device, self.dtype) * self.schedule.init_sigma
 
     def step(self, x: Tensor, a: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x_{k+1} = A_k x_k + B_k a_k; see `vdm_env.transition.step`."""
+        """Next latents x_{k+1} = A_k x_k + B_k a_k; see `vdm_env.transition.step`."""
         return transition.step(self.table, x, a, k, mask)
 
     def x0(self, x: Tensor, a: Tensor, step: Tensor) -> Tensor:
@@ -125,7 +128,7 @@ class DenoisingMDP:
         return transition.predict_x0(self.table, x, a, step)
 
     def input_scale(self, step: Tensor, like: Tensor) -> Tensor:
-        """What the latents are multiplied by before the network sees them (1 except for EDM), broadcastable to `like`."""
+        """What the latents are multiplied by before the network sees them (1 except for EDM), broadcast to `like`."""
         scale = self.table.input_scale[step.to(self.table.input_scale.device).clamp(max=self.num_steps - 1)]
         return scale.to(like).reshape(-1, *[1] * (like.ndim - 1))
 
@@ -160,7 +163,8 @@ class DenoisingMDP:
         if self.decode_frames == "all":
             return None
         chosen = [
-            select_frames(self.decode_frames, self.num_frames, noise.generator_for(int(s), noise.FRAMES)) for s in video_seeds
+            select_frames(self.decode_frames, self.num_frames, noise.generator_for(int(s), noise.FRAMES))
+            for s in video_seeds
         ]
         return torch.stack(chosen)
 
@@ -200,8 +204,8 @@ class DenoisingMDP:
     def unconditional(self, batch: int, condition: Condition | None = None) -> Condition:
         """The empty prompt's condition, `batch` times.
 
-        A model may make it from the prompts' own `condition` instead (Open-Sora's null caption shares the prompt's mask): then
-        it has a method `unconditional(condition)`.
+        A model may make it from the prompts' own `condition` instead (Open-Sora's null caption shares the prompt's
+        mask): then it has a method `unconditional(condition)`.
         """
         of_condition = getattr(self.model, "unconditional", None)
         if of_condition is not None and condition is not None:

@@ -1,7 +1,7 @@
 """Noise keyed by (video seed, step): the same video gets the same noise wherever it stands in a batch.
 
-A video's initial latents are the noise of step `INITIAL`; the exploration noise of denoising step k is the noise of step k. Nothing
-here touches the global random state.
+A video's initial latents are the noise of step `INITIAL`; the exploration noise of denoising step k is the noise of
+step k. Nothing here touches the global random state.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MASK = (1 << 64) - 1
 
 
 def mix(*keys: int) -> int:
-    """Mixes integers into one 63-bit seed; neighbours land far apart (the finaliser of splitmix64, Steele et al. 2014)."""
+    """Mixes integers into a 63-bit seed; neighbours land far apart (splitmix64's finaliser, Steele et al. 2014)."""
     state = 0x9E3779B97F4A7C15
     for key in keys:
         state = (state + 0x9E3779B97F4A7C15 + (key & _MASK)) & _MASK

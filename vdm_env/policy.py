@@ -1,21 +1,19 @@
 """The policy: a video model's own network as a Gaussian over its output.
 
-a ~ N(mean(x_k, t_k, prompt), action_std_k^2), where the mean is the (guided) network output and action_std comes from the environment, so
-that the step's randomness is exactly the sampler's. `policy(obs)` is a reparameterised sample whose noise is keyed by (video seed,
-step); gradients flow through the mean.
+a ~ N(mean(x_k, t_k, prompt), action_std_k^2), where the mean is the (guided) network output and action_std comes from
+the environment, so that the step's randomness is exactly the sampler's. `policy(obs)` is a reparameterised sample
+whose noise is keyed by (video seed, step); gradients flow through the mean.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
@@ -26,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vdm_env import noise
+from vdm_env.distribution import MeanNormal
 from vdm_env.errors import CorruptWeightsError
 from vdm_env.mdp import DenoisingMDP
 from vdm_env.models.base import VideoModel
@@ -34,82 +33,11 @@ Observation = Mapping[str, Tensor]
 _adapter_numbers = count()
 
 
-class MeanNormal(torch.distributions.Distribution):
-    """Diagonal Gaussian over a batch of latents whose `log_prob` is the mean over a video's elements.
-
-    The mean, not the sum, is what DDPO and Flow-GRPO call log-probability and what gives clip ranges of 1e-4 their meaning; it is also what
-    TorchRL's `ClipPPOLoss` calls. `log_prob_sum` is the true one, in nats.
-
-    Args:
-        loc: [B, ...] mean.
-        scale: [B] standard deviation of each video's step (or broadcastable to loc); 0 where the step has no noise: there
-            `log_prob` is 0 and a sample is the mean.
-    """
-
-    arg_constraints: dict[str, Any] = {}
-    has_rsample = True
-
-    def __init__(self, loc: Tensor, scale: Tensor, validate_args: bool | None = None) -> None:
-        self.loc = loc
-        self.scale = scale.reshape(scale.shape + (1,) * (loc.ndim - scale.ndim)) if scale.ndim < loc.ndim else scale
-        super().__init__(loc.shape[:1], loc.shape[1:], validate_args=False)
-
-    @property
-    def mean(self) -> Tensor:
-        return self.loc
-
-    @property
-    def mode(self) -> Tensor:
-        return self.loc
-
-    @property
-    def deterministic_sample(self) -> Tensor:
-        return self.loc
-
-    @property
-    def stddev(self) -> Tensor:
-        return self.scale.expand_as(self.loc)
-
-    def rsample(self, sample_shape: Sequence[int] | torch.Size = (), *, noise: Tensor | None = None) -> Tensor:
-        """loc + scale * noise; standard normal noise from torch's generator unless given."""
-        if noise is None:
-            noise = torch.randn(*sample_shape, *self.loc.shape, device=self.loc.device, dtype=self.loc.dtype)
-        return self.loc + self.scale * noise
-
-    def _log_density(self, value: Tensor) -> Tensor:
-        noisy = self.scale > 0
-        scale = torch.where(noisy, self.scale, torch.ones_like(self.scale))
-        z = (value - self.loc) / scale
-        return torch.where(noisy, -0.5 * z.square() - scale.log() - 0.5 * math.log(2 * math.pi), torch.zeros_like(z))
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """[B], mean over all non-batch elements."""
-        return self._log_density(value).flatten(1).mean(1)
-
-    def log_prob_sum(self, value: Tensor) -> Tensor:
-        """[B] float64, nats."""
-        return self._log_density(value).flatten(1).double().sum(1)
-
-    def kl(self, other: MeanNormal, reduction: str = "sum") -> Tensor:
-        """KL(self || other) [B] for equal scales: nats (`"sum"`, float64) or nats per element (`"mean"`); 0 without noise."""
-        noisy = self.scale > 0
-        scale = torch.where(noisy, self.scale, torch.ones_like(self.scale))
-        per_element = torch.where(noisy, 0.5 * ((self.loc - other.loc) / scale).square(), torch.zeros_like(self.loc)).flatten(1)
-        return per_element.double().sum(1) if reduction == "sum" else per_element.mean(1)
-
-    def entropy(self) -> Tensor:
-        """[B], mean over elements; 0 without noise."""
-        scale = self.scale.expand_as(self.loc)
-        safe = torch.where(scale > 0, scale, torch.ones_like(scale))
-        per_element = torch.where(scale > 0, safe.log() + 0.5 * math.log(2 * math.pi * math.e), torch.zeros_like(scale))
-        return per_element.flatten(1).mean(1)
-
-
 class DenoisingPolicy(nn.Module):
     """A model's denoiser with LoRA (or all its weights) trainable, and guidance, as a Gaussian policy.
 
-    Several policies live on one network: each has an adapter of its own, switched on when it is called. Dropout stays off (the
-    module is always in eval mode): the same input must give the same log-probability in rollout and update.
+    Several policies live on one network: each has an adapter of its own, switched on when it is called. Dropout stays
+    off (the module is always in eval mode): the same input must give the same log-probability in rollout and update.
 
     Args:
         mdp: the process it acts in.
@@ -147,13 +75,17 @@ class DenoisingPolicy(nn.Module):
             self._model = mdp.model
             self._adapter = f"policy_{next(_adapter_numbers)}"
             targets = list(lora_targets or mdp.model.spec.lora_targets)
-            self._config = LoraConfig(r=lora_rank, lora_alpha=lora_alpha or lora_rank, target_modules=targets, lora_dropout=0.0)
+            self._config = LoraConfig(
+                r=lora_rank, lora_alpha=lora_alpha or lora_rank, target_modules=targets, lora_dropout=0.0
+            )
             devices = [mdp.device] if mdp.device.type == "cuda" else []
             with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several policies on a network are meant
+                warnings.filterwarnings(
+                    "ignore", "Already found a `peft_config`"
+                )  # several policies on a network are meant
                 torch.manual_seed(noise.mix(seed))
                 inject_adapter_in_model(self._config, mdp.model.denoiser, adapter_name=self._adapter)
-            mdp.model.denoiser._active_policy = "unknown"
+            mdp.model.denoiser._active_policy = "unknown"  # type: ignore[assignment]
             _switch_adapter(mdp.model.denoiser, self._adapter)
             for _, parameter in self._named_adapter():
                 parameter.data = parameter.data.to(mdp.dtype)
@@ -175,7 +107,7 @@ class DenoisingPolicy(nn.Module):
         return MeanNormal(self.mean(obs), obs["action_std"])
 
     def mean(self, obs: Observation) -> Tensor:
-        """The guided network output a_u + w (a_c - a_u), as one doubled batch; the conditional output alone for w = 1."""
+        """The guided output a_u + w (a_c - a_u), as one doubled batch; the conditional output alone for w = 1."""
         mdp, x, t = self._mdp, obs["latents"], obs["timestep"]
         x = x * mdp.input_scale(obs["step"], x)
         condition = mdp.condition(obs["prompt_id"])
@@ -197,7 +129,7 @@ class DenoisingPolicy(nn.Module):
 
         def call(x: Tensor, t: Tensor) -> Tensor:
             counters.denoiser_forwards += len(x)
-            # Inside, not before: a checkpoint calls this again in the backward pass, when another policy may be switched on.
+            # Inside, not before: a checkpoint calls this again in the backward pass, when another policy may be on.
             return self._switched_on(reference).predict(x, t, condition)
 
         if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -261,8 +193,8 @@ class DenoisingPolicy(nn.Module):
         wrong = sorted(set(own) ^ set(state)) or [k for k in own if own[k].shape != state[k].shape]
         if wrong:
             raise CorruptWeightsError(
-                f"these weights do not belong to this policy (rank {self.lora_rank}): {wrong[:4]}{' ...' if len(wrong) > 4 else ''} "
-                "differ; make the policy with the rank and targets the weights were trained with"
+                f"these weights do not belong to this policy (rank {self.lora_rank}): {wrong[:4]} differ "
+                f"({len(wrong)} in all); make the policy with the rank and targets the weights were trained with"
             )
         if self.lora_rank:
             set_peft_model_state_dict(self._model.denoiser, dict(state), adapter_name=self._adapter)
@@ -270,9 +202,9 @@ class DenoisingPolicy(nn.Module):
             self._model.denoiser.load_state_dict(dict(state))
 
     def save(self, folder: str | Path) -> Path:
-        """Writes `adapter_model.safetensors` and `adapter_config.json`, which `peft.PeftModel.from_pretrained` reads too.
+        """Writes `adapter_model.safetensors` and `adapter_config.json` in PEFT's format.
 
-        With `lora_rank=0` the whole network goes into `model.safetensors`.
+        `peft.PeftModel.from_pretrained` reads them too. With `lora_rank=0` the whole network goes into `model.safetensors`.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -298,7 +230,9 @@ class DenoisingPolicy(nn.Module):
         try:
             state = load_file(file)
         except SafetensorError as error:
-            raise CorruptWeightsError(f"{file} is damaged or truncated ({error}); save it again or take an earlier one") from error
+            raise CorruptWeightsError(
+                f"{file} is damaged or truncated ({error}); save it again or take an earlier one"
+            ) from error
         self.load_lora_state_dict({k.removeprefix("base_model.model."): v for k, v in state.items()})
 
 
@@ -314,8 +248,8 @@ def _switch_adapter(denoiser: nn.Module, adapter: str | None) -> None:
         layer.enable_adapters(adapter is not None)
         if adapter is not None:
             layer.set_adapter(adapter)
-        # PEFT freezes what it switches off, and autograd drops gradients of frozen leaves even if the graph is older than the
-        # freezing: without this a reference forward between a loss and its backward would silence the policy.
+        # PEFT freezes what it switches off, and autograd drops gradients of frozen leaves even if the graph is older
+        # than the freezing: without this a reference forward between a loss and its backward would silence the policy.
         for kind in layer.adapter_layer_names:
             getattr(layer, kind).requires_grad_(True)
     denoiser._active_policy = adapter  # type: ignore[assignment]

@@ -1,7 +1,7 @@
 """Prompt sets with disjoint train, validation and test splits.
 
-A `PromptBook` numbers texts: `prompt_id` in observations is the number of a text, and stays so for the life of the book. Texts given
-at a reset are added to the end and belong to no split.
+A `PromptBook` numbers texts: `prompt_id` in observations is the number of a text, and stays so for the life of the
+book. Texts given at a reset are added to the end and belong to no split.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ class PromptBook(Sequence[str]):
     """Texts by number, and which numbers belong to which split.
 
     Args:
-        splits: texts of each split, from "train", "validation" and "test"; a plain list of texts serves as all three at once.
+        splits: texts of each split, from "train", "validation" and "test"; a plain list of texts serves as all three
+            at once.
 
     Raises:
         ValueError: no prompts, an empty text, an unknown split, or a text in two splits.
@@ -35,7 +36,9 @@ class PromptBook(Sequence[str]):
             for name, texts in splits.items():
                 again = [t for t in texts if t in self._ids]
                 if again:
-                    raise ValueError(f"prompt {again[0]!r} of split {name!r} is in another split too; splits are disjoint")
+                    raise ValueError(
+                        f"prompt {again[0]!r} of split {name!r} is in another split too; splits are disjoint"
+                    )
                 self._splits[name] = self.add(texts)
         else:
             ids = self.add(list(splits))

@@ -1,8 +1,9 @@
 """Environment ids, `make`, and plug-ins.
 
-An id is `<Model>-<Reward>`; rewards combine with `+`, with weights in front: "VideoCrafter2-HPS+Aesthetic", "MovingShapes-HPS+0.1*Aesthetic".
-Other packages add models and rewards through `register_model`, `register_reward`, or the entry-point groups `vdm_env.models` and
-`vdm_env.rewards` (a loader or builder each, under the name it gets in ids).
+An id is `<Model>-<Reward>`; rewards combine with `+`, with weights in front: "VideoCrafter2-HPS+Aesthetic",
+"MovingShapes-HPS+0.1*Aesthetic". Other packages add models and rewards through `register_model`, `register_reward`,
+or the entry-point groups `vdm_env.models` and `vdm_env.rewards` (a loader or builder each, under the name it gets in
+ids).
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any
 
 import torch
 
-from vdm_env.env import DenoisingVectorEnv, EnvConfig
+from vdm_env.config import EnvConfig
+from vdm_env.env import DenoisingVectorEnv
 from vdm_env.gym import register_envs
 from vdm_env.models import MODELS, ModelEntry, VideoModel
 from vdm_env.prompts import PromptBook
@@ -46,7 +48,10 @@ def _models() -> dict[str, ModelEntry]:
 
 
 def _rewards() -> dict[str, RewardEntry]:
-    return {**{name: RewardEntry(build, "plug-in", True) for name, build in _plugins("vdm_env.rewards").items()}, **REWARDS}
+    return {
+        **{name: RewardEntry(build, "plug-in", True) for name, build in _plugins("vdm_env.rewards").items()},
+        **REWARDS,
+    }
 
 
 def list_models() -> list[str]:
@@ -90,7 +95,9 @@ def register_reward(
 
 def _check_new(name: str, taken: Iterable[str]) -> None:
     if not name or set(name) & set("-+* "):
-        raise ValueError(f"{name!r} cannot be a name in an environment id: it must be non-empty without '-', '+', '*' and spaces")
+        raise ValueError(
+            f"{name!r} cannot be a name in an environment id: it must be non-empty without '-', '+', '*' and spaces"
+        )
     if name in taken:
         raise ValueError(f"{name!r} is registered already; choose another name")
 
@@ -126,7 +133,9 @@ def parse_id(env_id: str) -> tuple[str, dict[str, float]]:
         try:
             weights[name] = float(factor)
         except ValueError:
-            raise ValueError(f"{env_id!r}: weight {factor!r} of {name!r} is not a number; write for example 0.5*{name}") from None
+            raise ValueError(
+                f"{env_id!r}: weight {factor!r} of {name!r} is not a number; write for example 0.5*{name}"
+            ) from None
     return model, weights
 
 
@@ -167,20 +176,25 @@ def make(
     observe_embedding: bool = False,
     render_mode: str | None = "rgb_array",
 ) -> Any:
-    """Makes an environment: `make("MovingShapes-HPS", num_envs=4)`, or of your own objects: `make(model=..., reward=f, prompts=[...])`.
+    """Makes an environment by name, `make("MovingShapes-HPS", num_envs=4)`, or of your own objects.
+
+    The latter: `make(model=..., reward=f, prompts=[...])`.
 
     Args:
         id: `<Model>-<Reward>`; `list_envs()` lists them. Without it, `model` and `reward` are needed.
         model: a name or a `VideoModel`; wins over the id's.
-        reward: a name, {name: weight}, a `Reward`, or a function of (video [B,F,3,H,W] in [0,1], prompts) to [B]; wins over the id's.
-        prompts: a list of texts, or {"train": [...], "validation": [...], "test": [...]}; a world's own prompts if None.
+        reward: a name, {name: weight}, a `Reward`, or a function of (video [B,F,3,H,W] in [0,1], prompts) to [B];
+            wins over the id's.
+        prompts: a list of texts, or {"train": [...], "validation": [...], "test": [...]}; a world's own prompts if
+            None.
         num_envs: videos side by side; a multiple of group_size.
         group_size: envs that share a prompt.
-        num_steps, sampler, noise_level, guidance_scale: of the denoising process; the model's defaults if None. `noise_level` is eta of
-            DDIM or a of a flow SDE, one number or one for each step.
+        num_steps, sampler, noise_level, guidance_scale: of the denoising process; the model's defaults if None.
+            `noise_level` is eta of DDIM or a of a flow SDE, one number or one for each step.
         split: which prompts resets draw from.
         height, width, num_frames: of the video, in pixels and frames; the model's if None.
-        decode_frames: frames decoded for the reward ("all", "random1", "alternate", a number, indices); the reward's wish if None.
+        decode_frames: frames decoded for the reward ("all", "random1", "alternate", a number, indices); the reward's
+            wish if None.
         device, dtype: of the networks. Latents are float32 (float64 if dtype is).
         weights: "pretrained", or "random" for the architecture without any file.
         scale: "full", or with random weights "tiny": shrunk to run anywhere.
@@ -196,29 +210,36 @@ def make(
     if api not in ("gymnasium", "torchrl"):
         raise ValueError(f"api={api!r}: expected 'gymnasium' or 'torchrl'")
     if weights not in ("pretrained", "random") or scale not in ("full", "tiny"):
-        raise ValueError(f"weights={weights!r}, scale={scale!r}: expected 'pretrained' or 'random', and 'full' or 'tiny'")
+        raise ValueError(
+            f"weights={weights!r}, scale={scale!r}: expected 'pretrained' or 'random', and 'full' or 'tiny'"
+        )
     named_model, named_rewards = parse_id(id) if id is not None else (None, None)
     model = named_model if model is None else model
     reward = named_rewards if reward is None else reward
     if model is None or reward is None:
         raise ValueError('make needs an id ("MovingShapes-HPS") or both model=... and reward=...')
     model_name = model if isinstance(model, str) else model.spec.name
+    network: VideoModel
     if isinstance(model, str):
         entry = _lookup("model", model, _models())
         if scale == "tiny" and weights == "pretrained":
-            raise ValueError(f"scale='tiny' has no pretrained weights; use make({id or model!r}, weights='random', scale='tiny')")
-        model = entry.load(weights=weights, scale=scale, device=device, dtype=dtype, seed=seed)
-    spec = model.spec
+            raise ValueError(
+                f"scale='tiny' has no pretrained weights; use make({id or model!r}, weights='random', scale='tiny')"
+            )
+        network = entry.load(weights=weights, scale=scale, device=device, dtype=dtype, seed=seed)
+    else:
+        network = model
+    spec = network.spec
     frames = spec.num_frames if num_frames is None else num_frames
     size = (frames, spec.height if height is None else height, spec.width if width is None else width)
-    model.latent_shape(*size)  # an impossible size is refused before rewards are loaded
-    if hasattr(model, "with_size"):  # Open-Sora's grid shift and positions depend on the size
-        model = model.with_size(*size)
+    network.latent_shape(*size)  # an impossible size is refused before rewards are loaded
+    if hasattr(network, "with_size"):  # Open-Sora's grid shift and positions depend on the size
+        network = network.with_size(*size)
     if isinstance(reward, str):
         reward = {reward: 1.0}
     if isinstance(reward, Mapping):
         context = RewardContext(
-            world=spec.world if weights == "pretrained" or spec.world else None,  # type: ignore[arg-type]
+            world=spec.world,  # type: ignore[arg-type]
             weights="pretrained" if spec.world else weights,  # type: ignore[arg-type]
             scale="full" if spec.world else scale,  # type: ignore[arg-type]
             device=device,
@@ -235,7 +256,7 @@ def make(
     book = prompts if isinstance(prompts, PromptBook) else PromptBook(prompts)
     config = EnvConfig(
         id=id or f"{model_name}-{reward.name}",
-        model=model,
+        model=network,
         reward=reward,
         prompts=book,
         split=split,

@@ -2,12 +2,12 @@
 
 Description: as the vector environment (`vdm_env.env`) with one video, without its batch axis and without gradients.
 
-Observation space: the vector environment's dict for one video: latents [C,F,H,W], and the entries that are one number a video of
-shape [1], because Stable-Baselines3 takes no arrays of shape []. Unless `observe_embedding=False` also what the network is
-conditioned on, under the model's own names ("text" [L,D] for most).
-Action space: Box of the latents' shape; infinite, or [-action_bound, action_bound] for code that insists on finite bounds. Actions
-are never clipped here.
-Rewards, starting state, episode end: as there. Arguments: see `vdm_env.make` and `DenoisingEnv`. Version history: v0.
+Observation space: the vector environment's dict for one video: latents [C,F,H,W], and the entries that are one number
+a video of shape [1], because Stable-Baselines3 takes no arrays of shape []. Unless `observe_embedding=False` also
+what the network is conditioned on, under the model's own names ("text" [L,D] for most). Action space: Box of the
+latents' shape; infinite, or [-action_bound, action_bound] for code that insists on finite bounds. Actions are never
+clipped here. Rewards, starting state, episode end: as there. Arguments: see `vdm_env.make` and `DenoisingEnv`.
+Version history: v0.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class DenoisingEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
     Args:
         env: the vector env whose process this is; it keeps its own state, and its `num_envs` does not matter.
         observe_embedding: put the prompt's embedding into the observation.
-        action_bound: finite bound of the action space; None leaves it unbounded. Choose it beyond |output| + 5 action_std: a caller
-            that clips to the box (as Stable-Baselines3 does) must not touch real actions.
+        action_bound: finite bound of the action space; None leaves it unbounded. Choose it beyond |output| + 5
+            action_std: a caller that clips to the box (as Stable-Baselines3 does) must not touch real actions.
 
     Raises:
         ValueError: a bound that is not a positive finite number.
@@ -48,8 +48,10 @@ class DenoisingEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         self.render_mode = env.render_mode
         self.mdp, self.model, self.prompts = self.vector.mdp, self.vector.model, self.vector.prompts
         self.split = self.vector.split
-        spaces = self.vector.single_observation_space.spaces
-        self.observation_space = gymnasium.spaces.Dict({name: _at_least_1d(space) for name, space in spaces.items()})
+        spaces: Any = self.vector.single_observation_space
+        self.observation_space = gymnasium.spaces.Dict(  # type: ignore[assignment]
+            {name: _at_least_1d(space) for name, space in spaces.items()}
+        )
         box = self.vector.single_action_space
         bound = np.inf if action_bound is None else action_bound
         self.action_space = gymnasium.spaces.Box(-bound, bound, box.shape, box.dtype.type)  # type: ignore[union-attr]
@@ -107,7 +109,7 @@ class DenoisingEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         return _row(obs), float(reward[0]), bool(terminated[0]), False, plain
 
     def render(self) -> np.ndarray | None:  # type: ignore[override]
-        """The predicted clean video as one uint8 image [H,F*W,3], its frames side by side; None without a render mode."""
+        """The predicted clean video as one uint8 image [H,F*W,3], frames side by side; None without a render mode."""
         return self.vector.render()[0] if self.render_mode == "rgb_array" else None
 
     def close(self) -> None:

@@ -1,8 +1,9 @@
 """The environment as a `torchrl.envs.EnvBase`, and policies as TorchRL actors. The only file here that imports torchrl.
 
-Keys: the observations of `vdm_env.env` at the root, `action`, and under `next` the observations, `reward` [B,1], `done` and
-`terminated` [B,1]. `env.rollout(...)` keeps the graph, so reward back-propagation works through it; TorchRL's collectors run
-without gradients. `env.set_seed(s); env.reset()` starts the same episode as the vector env's `reset(seed=s)`.
+Keys: the observations of `vdm_env.env` at the root, `action`, and under `next` the observations, `reward` [B,1],
+`done` and `terminated` [B,1]. `env.rollout(...)` keeps the graph, so reward back-propagation works through it;
+TorchRL's collectors run without gradients. `env.set_seed(s); env.reset()` starts the same episode as the vector env's
+`reset(seed=s)`.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ _SEEN_BY_POLICY = ("latents", "timestep", "step", "action_std", "stochastic", "p
 class DenoisingEnvBase(EnvBase):
     """A `DenoisingVectorEnv` behind TorchRL's interface.
 
-    Each step acts on the state in the tensordict it is given, so a rollout may start anywhere: from `env.reset(options={"step": 3})`, or
-    from a stored tensordict with `env.rollout(n, tensordict=td, auto_reset=False)`. An attribute that is not TorchRL's
-    (`num_steps`, `prompts`, `mdp`, `make_policy`, ...) is the vector env's.
+    Each step acts on the state in the tensordict it is given, so a rollout may start anywhere: from
+    `env.reset(options={"step": 3})`, or from a stored tensordict with `env.rollout(n, tensordict=td,
+    auto_reset=False)`. An attribute that is not TorchRL's (`num_steps`, `prompts`, `mdp`, `make_policy`, ...) is the
+    vector env's.
 
     Args:
         env: the vector env; it is driven by this object from now on.
@@ -129,8 +131,9 @@ def make_module(policy: DenoisingPolicy) -> TensorDictModule:
 def make_actor(policy: DenoisingPolicy, *, return_log_prob: bool = True) -> ProbabilisticActor:
     """The policy as a `ProbabilisticActor`, for TorchRL's losses (`ClipPPOLoss`) and collectors.
 
-    It writes `loc`, `action` and `action_log_prob` (the mean over latent elements). Tensordicts have one batch dimension: flatten the
-    [B, steps] of a rollout before a loss. Filter `requires_grad` when handing its parameters to an optimiser.
+    It writes `loc`, `action` and `action_log_prob` (the mean over latent elements). Tensordicts have one batch
+    dimension: flatten the [B, steps] of a rollout before a loss. Filter `requires_grad` when handing its parameters
+    to an optimiser.
     """
     return ProbabilisticActor(
         TensorDictModule(_Call(policy, policy.mean), in_keys=list(_SEEN_BY_POLICY), out_keys=["loc"]),

@@ -38,6 +38,16 @@ def _unet3d(name: str) -> Callable[..., VideoModel]:
     return load
 
 
+def _turbo(name: str) -> Callable[..., VideoModel]:
+    def load(*, weights: str, scale: str, device: Any, dtype: Any, seed: int = 0) -> VideoModel:
+        from vdm_env.models import t2v_turbo
+
+        spec = {"T2VTurbo": t2v_turbo.T2V_TURBO, "T2VTurboV2": t2v_turbo.T2V_TURBO_V2}[name]
+        return t2v_turbo.load(spec, weights=weights, scale=scale, device=device, dtype=dtype, seed=seed)
+
+    return load
+
+
 def _opensora(*, weights: str, scale: str, device: Any, dtype: Any, seed: int = 0) -> VideoModel:
     from vdm_env.models import opensora
 
@@ -47,9 +57,11 @@ def _opensora(*, weights: str, scale: str, device: Any, dtype: Any, seed: int = 
 MODELS: dict[str, ModelEntry] = {
     "MovingShapes": ModelEntry(_moving_shapes(flow=True), "embedded flow-matching WanTransformer3DModel, weights included"),
     "MovingShapesUNet": ModelEntry(_moving_shapes(flow=False), "embedded epsilon UNet3D with DDIM, weights included"),
-    "VideoCrafter2": ModelEntry(_unet3d("VideoCrafter2"), "UNet3D, 320x512, 16 frames, scaled DDIM; random weights only so far"),
+    "VideoCrafter2": ModelEntry(_unet3d("VideoCrafter2"), "UNet3D, 320x512, 16 frames, scaled DDIM"),
+    "T2VTurbo": ModelEntry(_turbo("T2VTurbo"), "VideoCrafter2 distilled to 4 consistency steps, guidance as an input"),
+    "T2VTurboV2": ModelEntry(_turbo("T2VTurboV2"), "the same with motion guidance, 16 consistency steps"),
     "OpenSora1.2": ModelEntry(_opensora, "STDiT3, 240x426, 51 frames, rectified flow"),
-    "ModelScope": ModelEntry(_unet3d("ModelScope"), "UNet3D, 256x256, 16 frames, DDIM; random weights only so far"),
+    "ModelScope": ModelEntry(_unet3d("ModelScope"), "UNet3D, 256x256, 16 frames, DDIM"),
 }
 
 __all__ = ["MODELS", "ModelEntry", "ModelSpec", "VideoModel"]

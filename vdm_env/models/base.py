@@ -1,7 +1,7 @@
 """What a video diffusion model is to the environment: a spec, a network, a schedule, a codec and a text encoder.
 
-A model is any object with the attributes and methods of `VideoModel`; nothing needs to be subclassed. The adapters of this folder build
-such objects from diffusers and transformers classes through `LatentVideoModel`.
+A model is any object with the attributes and methods of `VideoModel`; nothing needs to be subclassed. The adapters of
+this folder build such objects from diffusers and transformers classes through `LatentVideoModel`.
 
 Legend: B videos, C latent channels, F latent frames, H W latent rows and columns, L text tokens, D text width.
 """
@@ -55,10 +55,15 @@ class ModelSpec:
 class VideoModel(Protocol):
     """The contract; `vdm_env.check_model` tests it."""
 
-    spec: ModelSpec
-    denoiser: nn.Module
-    """the network that is aligned; LoRA goes in here"""
-    schedule: Schedule
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The network that is aligned; LoRA goes in here."""
+
+    @property
+    def schedule(self) -> Schedule: ...
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Network output [B,C,F,H,W] at latents x_t [B,C,F,H,W] and timesteps t [B], each video at its own t."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers.utils import logging
 
 from vdm_env.errors import CorruptWeightsError, MissingWeightsError
 from vdm_env.models.base import frozen
@@ -27,8 +30,8 @@ def load_folder(cls: Any, folder: Path, *, device: torch.device | str, dtype: to
     files = sorted(folder.glob("*.safetensors"))
     if not files or not (folder / "config.json").is_file():
         raise MissingWeightsError(
-            f"no weights of {cls.__name__} in {folder}: expected config.json and *.safetensors there. If the package was "
-            "installed from source, install it again; if you made this folder, save the module with save_pretrained"
+            f"no weights of {cls.__name__} in {folder}: expected config.json and *.safetensors there. If the package "
+            "was installed from source, install it again; if you made this folder, save the module with save_pretrained"
         )
     for file in files:
         try:
@@ -40,14 +43,33 @@ def load_folder(cls: Any, folder: Path, *, device: torch.device | str, dtype: to
                 "Restore it: fetch or copy it again, then retry"
             ) from error
     try:
-        loaded = cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, output_loading_info=True)
+        with _no_progress_bar():
+            loaded = cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, output_loading_info=True)
     except (RuntimeError, ValueError, OSError) as error:
-        raise CorruptWeightsError(f"{folder} does not hold a {cls.__name__} as its config.json describes: {error}") from error
+        raise CorruptWeightsError(
+            f"{folder} does not hold a {cls.__name__} as its config.json describes: {error}"
+        ) from error
     module, info = loaded
     wrong = {
-        kind: info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs") if info.get(kind)
+        kind: info[kind]
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+        if info.get(kind)
     }
     if wrong:
-        raise CorruptWeightsError(f"{folder} does not fit {cls.__name__}: {wrong}. Expected exactly the tensors of its config.json")
-    # from_pretrained has put the type in place and kept some layers in float32 on purpose; exactness tests want float64 throughout.
+        raise CorruptWeightsError(
+            f"{folder} does not fit {cls.__name__}: {wrong}. Expected exactly the tensors of its config.json"
+        )
+    # from_pretrained has set the type and kept some layers in float32 on purpose; float64 is for exactness tests.
     return frozen(module.to(device=device).double() if dtype == torch.float64 else module.to(device=device))
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers draws one for each of its models, on the error stream, however small it is."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

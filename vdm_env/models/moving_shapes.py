@@ -32,9 +32,11 @@ UNET_SPEC = ModelSpec(name="MovingShapesUNet", sampler="ddim", noise_level=1.0, 
 
 def _tokenizer(folder: Path) -> Any:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    return lambda texts: tokenizer(
-        texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
-    ).input_ids
+    return lambda texts: (
+        tokenizer(
+            texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+        ).input_ids
+    )
 
 
 def load(
@@ -46,18 +48,20 @@ def load(
     seed: int = 0,
     folder: Path = WEIGHTS,
 ) -> LatentVideoModel:
-    """`FLOW_SPEC` or `UNET_SPEC` with its trained weights (or `weights="random"`: same sizes, denoiser drawn from `seed`).
+    """`FLOW_SPEC` or `UNET_SPEC` with its trained weights; with `weights="random"` the denoiser is drawn from `seed`.
 
     Raises:
         MissingWeightsError, CorruptWeightsError: see `load_folder`.
     """
     shared, kind = folder / "shared", "flow" if spec is FLOW_SPEC else "unet"
-    place = {"device": device, "dtype": dtype}
+    place: dict[str, Any] = {"device": device, "dtype": dtype}
     vae = load_folder(AutoencoderKL, shared / "vae", **place)
     text = load_folder(CLIPTextModel, shared / "text_encoder", **place)
     cls, sub = (WanTransformer3DModel, "transformer") if kind == "flow" else (UNet3DConditionModel, "unet")
     if weights == "random":
-        warnings.warn(f"{spec.name} has random weights: use it for tests, speed and memory, not for results", stacklevel=3)
+        warnings.warn(
+            f"{spec.name} has random weights: use it for tests, speed and memory, not for results", stacklevel=3
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             denoiser = frozen(cls.from_config(cls.load_config(folder / kind / sub)).to(**place))
