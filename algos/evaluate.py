@@ -128,10 +128,13 @@ class Evaluator:
         terminated = torch.zeros(env.num_envs, dtype=torch.bool)
         while not bool(terminated.all()):
             obs, reward, terminated, _, info = env.step(policy(obs))
+        video = info["video"]
+        if env.mdp.decode_frames != "all":  # the reward saw only some frames; people and the gold score see them all
+            video = env.mdp.decode(obs["latents"])
         scores = {PROXY: reward}
         scores |= {f"{PROXY}/{name}": part for name, part in info["reward_parts"].items()}
-        gold = env.mdp.gold(info["video"], [env.prompts[index] for index in prompt_ids])
+        gold = env.mdp.gold(video, [env.prompts[index] for index in prompt_ids])
         if gold is not None:
             scores[GOLD] = gold.total
             scores |= {f"{GOLD}/{part.name}": getattr(gold, part.name) for part in fields(gold)}
-        return {name: values.detach().float().cpu()[:count] for name, values in scores.items()}, info["video"]
+        return {name: values.detach().float().cpu()[:count] for name, values in scores.items()}, video

@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.arguments import parse
 from benchmarks.records import GOLD, PROXY, read_runs
 from benchmarks.report import device_name, write_report
-from benchmarks.summary import difference, explain_unit, show, show_interval, summarise
+from benchmarks.summary import difference, explain_unit, show, show_interval, summarise, unmeasured
 
 ENV_ID = "MovingShapes-HPS"
 REWARD = f"{ENV_ID} (own small weights)"
@@ -38,7 +38,7 @@ QUESTION = (
     "With the same computing time, does reward back-propagation (VADER) or a policy gradient (DDPO) raise the reward "
     "more, and does the true preference (gold score) follow?"
 )
-_NUM_PROMPTS, _NOISE_SEEDS, _NUM_VIDEOS, _EVALUATIONS = 16, (0, 1), 6, 6
+_NUM_PROMPTS, _NOISE_SEEDS, _NUM_VIDEOS = 16, (0, 1), 6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,7 +137,8 @@ def results(out: Path) -> list[str]:
     """What the runs in a folder found, as lines of text."""
     runs = read_runs(out)
     summaries = summarise(runs)
-    lines = [f"{REWARD}, {device_name(runs[0])}, seed {', '.join(sorted({str(run.seed) for run in runs}))}"]
+    seeds = ", ".join(sorted({str(run.seed) for run in runs}))
+    lines = [f"{REWARD}, {device_name(runs[0])}, seed {seeds}, compared at {summaries[0].cost:.0f} device-s"]
     for summary in summaries:
         lines.append(
             f"{summary.algo} ({summary.status}, {summary.device_s:.0f} device-s, {summary.costs['update']:.0f} updates)"
@@ -147,9 +148,11 @@ def results(out: Path) -> list[str]:
             if change is not None and max(summary.at) > 0:
                 shown = show_interval(change.difference, change.unit)
                 lines.append(f"  {word} {show(change.before)} -> {show(change.after)}   change {shown}")
+        if max(summary.at) == 0:
+            lines.append(f"  {unmeasured(summary)}")
     if all(max(summary.at) > 0 for summary in summaries):
         notes = dict.fromkeys(explain_unit(s.changes[PROXY].unit, s.changes[PROXY].difference) for s in summaries)
-        lines.append(f"[...] {'; '.join(notes)}")
+        lines.append(f"[low, high]: {'; '.join(notes)}")
         if len(summaries) == 2:
             interval, unit = difference(summaries[0], summaries[1])
             lines.append(f"reward, {summaries[0].algo} - {summaries[1].algo}: {show_interval(interval, unit)}")

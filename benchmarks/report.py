@@ -138,6 +138,7 @@ def table(summaries: Sequence[Summary], device: str) -> tuple[list[str], list[li
         ["ended", *(s.status for s in summaries)],
         [f"{device}-hours per run", *(f"{s.device_s / 3600:.4f}" for s in summaries)],
         ["updates", *(f"{s.costs['update']:.0f}" for s in summaries)],
+        ["compared after update", *(_range(s.at) for s in summaries)],
         ["videos sampled", *(f"{s.costs['videos_sampled']:,.0f}" for s in summaries)],
         ["reward queries", *(f"{s.costs['reward_queries']:,.0f}" for s in summaries)],
         ["denoiser forward passes", *(f"{s.costs['denoiser_forwards']:,.0f}" for s in summaries)],
@@ -152,6 +153,11 @@ def table(summaries: Sequence[Summary], device: str) -> tuple[list[str], list[li
                 [f"{word}, change", *(show_interval(c.difference, c.unit) if c else "-" for c in changes)],
             ]
     return ["", *(s.algo for s in summaries)], rows
+
+
+def _range(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def clips(runs: Sequence[Run], summaries: Sequence[Summary]) -> tuple[list[str], list[tuple[str, list[np.ndarray]]]]:
@@ -227,7 +233,8 @@ def _figure(plate: Plate, folder: Path) -> page.Figure:
 def _table_note(summaries: Sequence[Summary]) -> str:
     changes = [change for s in summaries if (change := s.changes.get(PROXY))]
     notes = dict.fromkeys(explain_unit(change.unit, change.difference) for change in changes)
-    return "Change: after - before on the same prompts and noise; " + "; ".join(notes) + "."
+    cost = f"Rewards are those at {summaries[0].cost:.0f} device-seconds, up to which every algorithm was evaluated. "
+    return cost + "Change: after - before on the same prompts and noise; " + "; ".join(notes) + "."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 from benchmarks.aggregate import Interval, paired_difference, t_interval
 from benchmarks.records import GOLD, PROXY, Run, by_algorithm
 
+_SLACK = 1.1  # runs of one budget end a part of an update apart; up to this factor their costs count as equal
 _FEW = 3  # below this many runs an interval over runs says nothing
 
 
@@ -29,12 +30,16 @@ class Change:
 
 @dataclass(frozen=True, eq=False)
 class Summary:
-    """One algorithm's runs at the cost at which the algorithms are compared. Costs are means over its runs."""
+    """One algorithm's runs, compared at `cost` device-seconds: at the evaluations after the updates `at`.
+
+    `device_s` and `costs` are what its runs spent in all, means over the runs.
+    """
 
     algo: str
     runs: Sequence[Run]
     at: Sequence[int]
     changes: dict[str, Change]
+    cost: float
     device_s: float
     costs: dict[str, float]
 
@@ -43,20 +48,18 @@ class Summary:
         return ", ".join(sorted({run.status.lower() for run in self.runs}))
 
 
-def common_cost(runs: Sequence[Run]) -> float | None:
-    """The cost up to which every run was evaluated; None if all ended by one budget: their last evaluations count.
+def common_cost(runs: Sequence[Run]) -> float:
+    """The cost in device-seconds up to which every run was evaluated; a run never evaluated after training is left out.
 
-    The update that crosses a budget is the last one, so that finished runs of one budget differ by a part of an update.
+    Not the budget: the update that crosses a budget is the last one, and may be long.
     """
-    budgets = {(run.about.get("budget_device_s"), run.about.get("budget_updates")) for run in runs}
-    if len(budgets) == 1 and all(run.status == "DONE" for run in runs):
-        return None
-    return min(max(row["device_s"] for row in run.evals) for run in runs)
+    last = [max(row["device_s"] for row in run.evals) for run in runs if run.updates()[-1] > 0]
+    return min(last, default=0.0)
 
 
-def update_at(run: Run, cost: float | None) -> int:
-    """The last evaluated update that had cost no more than `cost` device-seconds."""
-    return max(row["update"] for row in run.evals if cost is None or row["device_s"] <= cost)
+def update_at(run: Run, cost: float) -> int:
+    """The last evaluated update that cost no more than `cost` device-seconds, or little more: see `_SLACK`."""
+    return max(row["update"] for row in run.evals if row["device_s"] <= cost * _SLACK)
 
 
 def _interval(pairs: Sequence[tuple[dict[int, float], dict[int, float]]]) -> tuple[Interval, str]:
@@ -96,7 +99,8 @@ def summarise(runs: Sequence[Run]) -> list[Summary]:
         names = ("videos_sampled", "reward_queries", "denoiser_forwards", "denoiser_backwards", "update")
         costs = {name: float(np.mean([row[name] for row in rows])) if rows else 0.0 for name in names}
         spent = float(np.mean([run.device_s() for run in group]))
-        found.append(Summary(algo, group, at, {k: v for k, v in changes.items() if v is not None}, spent, costs))
+        known = {name: change for name, change in changes.items() if change is not None}
+        found.append(Summary(algo, group, at, known, cost, spent, costs))
     return found
 
 
@@ -136,6 +140,13 @@ def explain_unit(unit: str, interval: Interval) -> str:
     }[unit]
 
 
+def unmeasured(summary: Summary) -> str:
+    """Why there is no result of an algorithm at the common cost."""
+    if summary.cost == 0:
+        return "was not evaluated after training"
+    return f"was not evaluated after training within the {summary.cost:.0f} device-seconds compared"
+
+
 def _moved(change: Change) -> str:
     if not change.difference.excludes_zero:
         return "does not clearly move"
@@ -148,7 +159,7 @@ def answer(summaries: Sequence[Summary], reward_name: str) -> str:
     for summary in summaries:
         change = summary.changes.get(PROXY)
         if change is None or max(summary.at) == 0:
-            parts.append(f"{summary.algo} was not evaluated after training")
+            parts.append(f"{summary.algo} {unmeasured(summary)}")
             continue
         text = f"{summary.algo} {_moved(change)} it ({show(change.before)} to {show(change.after)}"
         gold = summary.changes.get(GOLD)
@@ -173,7 +184,9 @@ def _ranking(summaries: Sequence[Summary]) -> str:
             a, b, interval = b, a, Interval(-interval.centre, -interval.high, -interval.low, interval.n)
         shown = f"{show_interval(interval, unit)}, {explain_unit(unit, interval)}"
         if interval.excludes_zero:
-            texts.append(f"at equal cost {a.algo} ends above {b.algo} ({a.algo} - {b.algo}: {shown})")
+            texts.append(
+                f"at equal cost ({a.cost:.0f} device-seconds) {a.algo} is above {b.algo} ({a.algo} - {b.algo}: {shown})"
+            )
         else:
             texts.append(f"at equal cost {a.algo} and {b.algo} cannot be told apart ({a.algo} - {b.algo}: {shown})")
     return "; " + "; ".join(texts)

@@ -223,11 +223,12 @@ def test_damaged_model_files_are_named(tmp_path, part, harm):
 
 
 def test_a_damaged_reward_file_is_named(tmp_path):
-    folder = shutil.copytree(WEIGHTS / "rewards", tmp_path / "rewards")
-    for file in folder.rglob("*.safetensors"):
-        truncate(file)
-    with pytest.raises(CorruptWeightsError, match="truncated.*"):
-        registry.build_reward({"HPS": 1.0}, RewardContext(world="moving_shapes", folder=folder.parent))
+    folder = shutil.copytree(WEIGHTS, tmp_path / "weights", ignore=shutil.ignore_patterns("unet", "flow"))
+    context = RewardContext(world="moving_shapes", folder=folder)
+    registry.build_reward({"HPS": 1.0}, context)
+    truncate(folder / "rewards" / "clip" / "model.safetensors")
+    with pytest.raises(CorruptWeightsError, match="rewards/clip/model.safetensors .* is truncated"):
+        registry.build_reward({"HPS": 1.0}, context)
 
 
 def test_the_embedded_world_is_made_by_name():

@@ -158,7 +158,7 @@ def test_page_says_what_was_measured(report: Path) -> None:
         "CPU-hours",
         "vader raises it",
         "over-optimisation",
-        "at equal cost vader ends above ddpo",
+        "at equal cost (60 device-seconds) vader is above ddpo",
         "one seed",
         "says nothing about other seeds",
         "A limit of the task.",
@@ -244,6 +244,16 @@ def test_an_interrupted_run_is_compared_where_both_were_measured(tmp_path: Path)
     assert vader.changes["proxy"].difference.centre == pytest.approx(0.2, abs=0.02)
     page = Page(write_report(tmp_path).read_text()).text
     assert "ddpo, seed 0 is interrupted" in page
+
+
+def test_a_run_whose_last_update_overran_the_budget_is_not_compared_at_it(tmp_path: Path) -> None:
+    write_run(tmp_path, "vader", gain=0.4)
+    write_run(tmp_path, "ddpo", gain=0.9, end=300.0, evaluations=2)  # one update, five budgets long
+    ddpo, vader = summarise(read_runs(tmp_path))
+    assert (ddpo.at, vader.at, vader.cost) == ([0], [20], 60.0)
+    said = answer([ddpo, vader], "HPS")
+    assert "ddpo was not evaluated after training within the 60 device-seconds compared" in said
+    assert "vader raises it" in said and "at equal cost" not in said
 
 
 def test_a_run_that_was_only_started_makes_a_report(tmp_path: Path) -> None:
@@ -336,12 +346,10 @@ def test_command_lines_fail_in_one_line(tmp_path: Path, capsys: pytest.CaptureFi
 def fake_training(monkeypatch: pytest.MonkeyPatch, interrupt_at: str | None) -> None:
     """The demo's training replaced by finished folders, the one named broken off by Ctrl-C after an evaluation."""
 
-    def train(name: str, config: demo.DemoConfig) -> SimpleNamespace:
+    def train(name: str, *, out: Path, budget: str, seed: int, command: str) -> SimpleNamespace:
         broken = name == interrupt_at
-        status, evaluations = ("INTERRUPTED", 2) if broken else ("DONE", 5)
-        write_run(
-            Path(config.out), name, gain=0.4, status=status, evaluations=evaluations, end=15.0 if broken else 60.0
-        )
+        status, evaluations, end = ("INTERRUPTED", 2, 15.0) if broken else ("DONE", 5, 60.0)
+        write_run(out, name, seed=seed, gain=0.4, status=status, evaluations=evaluations, end=end)
         return SimpleNamespace(interrupted=broken)
 
     monkeypatch.setattr(demo, "train", train)

@@ -53,18 +53,25 @@ class FakeEnv:
     def __init__(self, num_envs: int = 3, counters: Counters | None = None) -> None:
         self.num_envs = num_envs
         self.prompts = [f"prompt {index}" for index in range(6)]
-        self.mdp = SimpleNamespace(counters=counters or Counters(), gold=self.gold, dtype=torch.float32)
+        self.mdp = SimpleNamespace(counters=counters or Counters(), gold=self.gold, decode=self.decode)
+        self.mdp.decode_frames, self.mdp.dtype = "all", torch.float32
         self.resets: list[tuple[list[int], list[int]]] = []
 
     def gold(self, video: Tensor, prompts: list[str]) -> Gold:
         assert prompts == [self.prompts[index] for index in self.prompt_ids]
         return Gold(video.mean((1, 2, 3, 4)), torch.ones(len(prompts)))
 
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents.view(-1, 1, 1, 1, 1).expand(-1, 2, 3, 4, 4)
+
     def reset(self, *, seed: list[int], options: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         self.seeds, self.prompt_ids, self.k = seed, options["prompt_ids"], 0
         assert len(self.seeds) == len(self.prompt_ids) == self.num_envs
         self.resets.append((self.seeds, self.prompt_ids))
         return {"video_seed": torch.tensor(seed)}, {}
+
+    def grey(self) -> Tensor:
+        return torch.tensor(self.seeds, dtype=torch.float32) / 10
 
     def step(self, action: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor, dict[str, Any]]:
         self.k += 1
@@ -75,10 +82,17 @@ class FakeEnv:
             self.mdp.counters.videos_sampled += self.num_envs
             self.mdp.counters.reward_queries += self.num_envs
             reward = action + torch.tensor(self.prompt_ids, dtype=torch.float32)
-            grey = torch.tensor(self.seeds, dtype=torch.float32) / 10
-            video = grey.view(-1, 1, 1, 1, 1).expand(-1, 2, 3, 4, 4)
-            info = {"reward_parts": {"HPS": reward}, "video": video}
-        return {"video_seed": torch.tensor(self.seeds)}, reward, done, torch.zeros_like(done), info
+            seen = self.decode(self.grey())
+            if self.mdp.decode_frames != "all":
+                seen = torch.full_like(seen[:, :1], 0.9)
+            info = {"reward_parts": {"HPS": reward}, "video": seen}
+        return (
+            {"video_seed": torch.tensor(self.seeds), "latents": self.grey()},
+            reward,
+            done,
+            torch.zeros_like(done),
+            info,
+        )
 
 
 class FakePolicy:
@@ -223,6 +237,14 @@ def test_evaluator_pairs_every_prompt_with_every_seed_in_chunks() -> None:
     assert found.videos is not None and found.videos.shape == (2, 2, 4, 4, 3) and found.videos.dtype == np.uint8
     assert found.pairs == [(4, 2), (1, 2)] and found.prompts == ["prompt 4", "prompt 1"]
     assert (found.videos == 51).all()
+
+
+def test_the_gold_score_sees_the_whole_video_where_the_reward_sees_one_frame() -> None:
+    env = FakeEnv()
+    env.mdp.decode_frames = "random1"
+    found = Evaluator(env, [0], [2], num_videos=1).evaluate(FakePolicy())
+    assert found.mean("gold/colour") == pytest.approx(0.2)
+    assert found.videos is not None and found.videos.shape == (1, 2, 4, 4, 3) and (found.videos == 51).all()
 
 
 def test_evaluator_refuses_pairs_it_cannot_place() -> None:

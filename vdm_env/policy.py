@@ -204,7 +204,8 @@ class DenoisingPolicy(nn.Module):
     def save(self, folder: str | Path) -> Path:
         """Writes `adapter_model.safetensors` and `adapter_config.json` in PEFT's format.
 
-        `peft.PeftModel.from_pretrained` reads them too. With `lora_rank=0` the whole network goes into `model.safetensors`.
+        `peft.PeftModel.from_pretrained` reads them too. With `lora_rank=0` it is the whole network, in
+        `model.safetensors`.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)

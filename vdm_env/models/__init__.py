@@ -55,7 +55,9 @@ def _opensora(*, weights: str, scale: str, device: Any, dtype: Any, seed: int = 
 
 
 MODELS: dict[str, ModelEntry] = {
-    "MovingShapes": ModelEntry(_moving_shapes(flow=True), "embedded flow-matching WanTransformer3DModel, weights included"),
+    "MovingShapes": ModelEntry(
+        _moving_shapes(flow=True), "embedded flow-matching WanTransformer3DModel, weights included"
+    ),
     "MovingShapesUNet": ModelEntry(_moving_shapes(flow=False), "embedded epsilon UNet3D with DDIM, weights included"),
     "VideoCrafter2": ModelEntry(_unet3d("VideoCrafter2"), "UNet3D, 320x512, 16 frames, scaled DDIM"),
     "T2VTurbo": ModelEntry(_turbo("T2VTurbo"), "VideoCrafter2 distilled to 4 consistency steps, guidance as an input"),

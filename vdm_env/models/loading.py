@@ -65,7 +65,7 @@ def load_folder(cls: Any, folder: Path, *, device: torch.device | str, dtype: to
 
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    """transformers draws one for each of its models, on the error stream, however small it is."""
+    """Transformers draws one for each of its models, on the error stream, however small it is."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

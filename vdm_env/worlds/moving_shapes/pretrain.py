@@ -76,10 +76,11 @@ def train_text(config: Config) -> None:
         tokens = tokenizer(captions_of(labels), padding="max_length", return_tensors="pt").input_ids
         logits = probe(encoder(tokens).last_hidden_state[:, 5:])
         parts = logits.split([7, 4, 4], -1)
-        loss = sum(
+        losses = [
             F.cross_entropy(part.transpose(1, 2), labels[:, i, None].expand(-1, part.shape[1]))
             for i, part in enumerate(parts)
-        )
+        ]
+        loss = torch.stack(losses).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
