@@ -3,9 +3,10 @@
     python -m benchmarks.curves --algo vader --env-id MovingShapes-HPS --budget 60s --out runs/curves
     python -m benchmarks.curves --algo ddpo --env-id MovingShapes-HPS --budget 30min --out runs/curves
 
-The same settings as `make demo` (the algorithms' presets), more seeds, more noise seeds for each prompt, one CPU thread a process, so that
-device-seconds are CPU-seconds. Tune with `--split validation`; the default opens the test prompts. `curves.csv` has one row for each
-evaluation, `changes.csv` one for each seed: reward and gold score before and after, paired over prompts and noise.
+The same settings as `make demo` (the algorithms' presets), more seeds, more noise seeds for each prompt, one CPU thread
+a process, so that device-seconds are CPU-seconds. Tune with `--split validation`; the default opens the test prompts.
+`curves.csv` has one row for each evaluation, `changes.csv` one for each seed: reward and gold score before and after,
+paired over prompts and noise.
 """
 
 from __future__ import annotations

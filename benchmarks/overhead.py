@@ -2,8 +2,9 @@
 
     python -m benchmarks.overhead --num-envs 16 --repeats 15
 
-Both sides run in the same process, in turn, with the same latents and noise; the figure is the median over repeats of the ratio of the two
-sampling times, without decoding and scoring (which both would do alike). Process CPU time is reported beside wall time.
+Both sides run in the same process, in turn, with the same latents and noise; the figure is the median over repeats of
+the ratio of the two sampling times, without decoding and scoring (which both would do alike). Process CPU time is
+reported beside wall time.
 """
 
 from __future__ import annotations

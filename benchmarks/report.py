@@ -146,11 +146,12 @@ def table(summaries: Sequence[Summary], device: str) -> tuple[list[str], list[li
     ]
     for name, word in ((PROXY, "reward"), (GOLD, "gold score")):
         changes = [s.changes.get(name) for s in summaries]
+        trained = [change if max(s.at) > 0 else None for s, change in zip(summaries, changes, strict=True)]
         if any(changes):
             rows += [
                 [f"{word}, before", *(show(c.before) if c else "-" for c in changes)],
-                [f"{word}, after", *(show(c.after) if c else "-" for c in changes)],
-                [f"{word}, change", *(show_interval(c.difference, c.unit) if c else "-" for c in changes)],
+                [f"{word}, after", *(show(c.after) if c else "-" for c in trained)],
+                [f"{word}, change", *(show_interval(c.difference, c.unit) if c else "-" for c in trained)],
             ]
     return ["", *(s.algo for s in summaries)], rows
 

@@ -1,4 +1,4 @@
-"""The embedded world: renderer, captions, gold score, splits, and the quality of the weights that come with the package."""
+"""The embedded world: renderer, captions, gold score, splits, and the quality of the trained weights."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ def test_gold_of_true_videos_is_one(scenes):
     assert sum(WEIGHTS.values()) == 1.0
 
 
-@pytest.mark.parametrize("attribute, count", [("colour", len(COLOURS)), ("shape", len(SHAPES)), ("direction", len(DIRECTIONS))])
+@pytest.mark.parametrize(
+    "attribute, count", [("colour", len(COLOURS)), ("shape", len(SHAPES)), ("direction", len(DIRECTIONS))]
+)
 def test_gold_sees_each_wrong_attribute_and_only_it(scenes, attribute, count):
     labels, batch = scenes
     column = ("colour", "shape", "direction").index(attribute)
@@ -105,7 +107,7 @@ def test_splits_are_disjoint_and_balanced():
             assert len(labels[:, column].unique()) == count
 
 
-# The bounds are the qualities asked of the embedded models: good at colour and shape, headroom in the direction of motion.
+# The qualities asked of the embedded models: good at colour and shape, headroom in the direction of motion.
 @pytest.mark.parametrize("model", ["MovingShapes", "MovingShapesUNet"])
 @torch.no_grad()
 def test_embedded_models_know_colour_and_shape_but_not_direction(model):

@@ -19,7 +19,7 @@ from benchmarks import cli, demo, plots
 from benchmarks.clips import mp4
 from benchmarks.plots import Line
 from benchmarks.records import check_comparable, read_run, read_runs
-from benchmarks.report import main, plates, write_report
+from benchmarks.report import main, plates, table, write_report
 from benchmarks.summary import answer, common_cost, difference, summarise
 
 PROMPTS = 6
@@ -254,6 +254,9 @@ def test_a_run_whose_last_update_overran_the_budget_is_not_compared_at_it(tmp_pa
     said = answer([ddpo, vader], "HPS")
     assert "ddpo was not evaluated after training within the 60 device-seconds compared" in said
     assert "vader raises it" in said and "at equal cost" not in said
+    _, rows = table([ddpo, vader], "CPU")
+    shown = {name: values for name, *values in rows}
+    assert shown["reward, after"][0] == shown["reward, change"][0] == "-" != shown["reward, after"][1]
 
 
 def test_a_run_that_was_only_started_makes_a_report(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def missing(published: Published, also: Iterable[str] = ()) -> MissingWeightsErr
         f"They are in the hub repository {published.repository!r}: {', '.join(published.files)}; {published.size}. "
         f"Licence: {published.licence}. "
         + "".join(f"{sentence} " for sentence in also)
-        + f"Fetch them once with `vdm-env download {name}` or `hf download {published.repository} {files}`, or set "
+        + f"Fetch them once with `hf download {published.repository} {files}`, or set "
         f"{VARIABLE} to the folder that holds them. What works now, without any download: "
         'make("MovingShapes-HPS") (small trained weights come with the package) and '
         f'make("{name}-...", weights="random", scale="tiny")'

@@ -14,8 +14,9 @@ __all__ = ["WEIGHTS", "GoldScore", "caption", "gold_score", "prompt_splits"]
 def prompt_splits() -> dict[str, list[str]]:
     """All 112 captions: 80 train, 16 validation, 16 test.
 
-    Every colour, shape and direction occurs in each split; for each pair of shape and direction one colour is held out for
-    validation and one for test. The base models were pretrained on all captions; alignment never sees the held-out ones.
+    Every colour, shape and direction occurs in each split; for each pair of shape and direction one colour is held out
+    for validation and one for test. The base models were pretrained on all captions; alignment never sees the held-out
+    ones.
     """
     splits: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
     for c, colour in enumerate(COLOURS):

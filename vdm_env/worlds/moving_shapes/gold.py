@@ -26,8 +26,8 @@ WEIGHTS = {"colour": 0.25, "shape": 0.25, "direction": 0.25, "smooth": 0.125, "c
 class GoldScore:
     """Parts of the gold score, each [B] in [0, 1]; `total` is their weighted mean (`WEIGHTS`).
 
-    colour, shape, direction: 1 where the video's is the caption's, else 0. smooth: exp(-residual of the centroid from uniform
-    motion / 1 px). clean: exp(-mean distance of the video from the ideal picture of what it shows / 0.05).
+    colour, shape, direction: 1 where the video's is the caption's, else 0. smooth: exp(-residual of the centroid from
+    uniform motion / 1 px). clean: exp(-mean distance of the video from the ideal picture of what it shows / 0.05).
     """
 
     colour: Tensor

@@ -64,14 +64,15 @@ def _store(module: nn.Module, folder: Path) -> None:
 
 
 def train_text(config: Config) -> None:
-    """Every token state after the caption's end is taught to tell colour, shape and direction: what cross-attention needs."""
+    """Every token state after the caption's end learns to tell colour, shape and direction, for cross-attention."""
     generator = torch.Generator().manual_seed(config.seed)
     torch.manual_seed(config.seed)
     tokenizer = networks.build_tokenizer()
     encoder = networks.build_text_encoder(tokenizer)
     probe = nn.Linear(networks.TEXT_WIDTH, 7 + 4 + 4)
     optimizer = torch.optim.AdamW([*encoder.parameters(), *probe.parameters()], lr=2e-3)
-    for step in range(400):
+    steps = 400
+    for _ in range(steps):
         labels = random_labels(128, generator)
         tokens = tokenizer(captions_of(labels), padding="max_length", return_tensors="pt").input_ids
         logits = probe(encoder(tokens).last_hidden_state[:, 5:])
@@ -84,17 +85,18 @@ def train_text(config: Config) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    print(f"text: step {step + 1} loss {loss.item():.4f}")
+    print(f"text: step {steps} loss {loss.item():.4f}")
     tokenizer.save_pretrained(config.out / "shared" / "tokenizer")
     _store(encoder, config.out / "shared" / "text_encoder")
 
 
 def train_vae(config: Config) -> None:
-    """Squared and absolute error plus a light pull of the latents to zero; the decoder sees latents with a little noise.
+    """Squared and absolute error plus a light pull of the latents to zero; the decoder sees slightly noisy latents.
 
-    Every frame of a batch is of another scene (frames of one clip are nearly equal, and a batch of few clips stalls at 20 dB); a
-    quarter of the scenes get foreign colours, so that imperfect pictures survive the round trip too.
-    Deviation: latent noise of fixed size instead of a learned posterior; the KL term of a VAE kept this small one blurred.
+    Every frame of a batch is of another scene (frames of one clip are nearly equal, and a batch of few clips stalls at
+    20 dB); a quarter of the scenes get foreign colours, so that imperfect pictures survive the round trip too.
+    Deviation: latent noise of fixed size instead of a learned posterior; the KL term of a VAE kept this small one
+    blurred.
     """
     generator = torch.Generator().manual_seed(config.seed + 1)
     torch.manual_seed(config.seed + 1)
@@ -130,7 +132,7 @@ def train_vae(config: Config) -> None:
 
 @torch.no_grad()
 def _latents_and_text(config: Config) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents [N,4,F,8,8], caption embeddings [N,L,D] and the empty caption's [1,L,D], from the stored vae and text encoder."""
+    """Latents [N,4,F,8,8], caption embeddings [N,L,D] and the empty caption's [1,L,D], by the stored networks."""
     shared = config.out / "shared"
     vae = AutoencoderKL.from_pretrained(shared / "vae").float().to(config.device)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(shared / "tokenizer")
@@ -198,6 +200,7 @@ def _train_diffusion(config: Config, net: nn.Module, kind: str, *, steps: int, s
 
 
 def train_flow(config: Config) -> None:
+    """Flow matching with a `WanTransformer3DModel`."""
     torch.manual_seed(config.seed + 4)
     FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT).save_pretrained(config.out / "flow" / "scheduler")
     net = networks.build_flow_transformer()
@@ -205,6 +208,7 @@ def train_flow(config: Config) -> None:
 
 
 def train_unet(config: Config) -> None:
+    """Noise prediction with a `UNet3DConditionModel`."""
     torch.manual_seed(config.seed + 5)
     DDIMScheduler(
         beta_schedule="scaled_linear",

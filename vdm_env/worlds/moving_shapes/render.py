@@ -104,7 +104,7 @@ def parse_caption(text: str) -> tuple[int, int, int]:
 def sample_scenes(labels: Sequence[tuple[int, int, int]] | Tensor, generator: torch.Generator) -> Scenes:
     """Scenes with the given (colour, shape, direction) labels and random size, place, speed and background.
 
-    The whole path of the shape stays inside the picture: the centre is drawn so that the shape's extent never leaves it.
+    The whole path of the shape stays inside the picture (tips of the largest shapes may graze an edge).
     """
     labels = torch.as_tensor(labels, dtype=torch.int64).reshape(-1, 3)
     b = len(labels)
@@ -114,7 +114,7 @@ def sample_scenes(labels: Sequence[tuple[int, int, int]] | Tensor, generator: to
 
     colour, shape, direction = labels.unbind(1)
     radius, speed = uniform(4.5, 6.5), uniform(1.3, 2.1)
-    # Half the path along the motion plus the widest shape's half extent (the cross: 1.12 r, the triangle's tip: 1.36 r).
+    # Half the path along the motion plus a shape's half extent (the cross: 1.12 r, the triangle's tip: 1.36 r).
     along = torch.tensor(list(DIRECTIONS.values()), dtype=torch.float32)[direction].abs()
     margin = 1.2 * radius[:, None] + along * (speed[:, None] * (NUM_FRAMES - 1) / 2)
     margin = margin.clamp(max=SIZE_PX / 2 - 0.5)
