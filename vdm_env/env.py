@@ -86,6 +86,7 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
         self._stream = Stream(seed=config.seed)
         self._latents: Tensor | None = None
         self._clean = torch.empty(0)
+        self._rollout_started: float | None = None
 
     @property
     def num_steps(self) -> int:
@@ -138,6 +139,7 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
         if self._latents is None or bool(mask.all()):
             self._latents, self._step, self._prompt_ids, self._video_seeds = latents, step, prompt_ids, video_seeds
             self._clean = latents.detach()
+            self._rollout_started = self.mdp.clock()
         else:
             wide = mask.to(self.device).reshape(-1, 1, 1, 1, 1)
             self._latents = torch.where(wide, latents, self._latents)
@@ -205,6 +207,9 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
         rows = terminated.nonzero().flatten()
         everyone = bool(done.all())
         latents = self._latents if everyone else self._latents[rows]
+        if everyone and self._rollout_started is not None:
+            self.mdp.counters.rollout_s += self.mdp.clock() - self._rollout_started
+            self._rollout_started = None
         outcome = self.mdp.outcome(latents, self._prompt_ids[done], self._video_seeds[done])
         if everyone:
             return outcome.reward.to(reward.dtype), {"reward_parts": outcome.parts, "video": outcome.video}

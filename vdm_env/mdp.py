@@ -34,6 +34,8 @@ class Counters:
     reward_backward_queries: int = 0
     denoiser_forwards: int = 0
     denoiser_backwards: int = 0
+    rollout_s: float = 0.0
+    """from a reset of all envs to their last step, decoding and scoring apart"""
     decode_s: float = 0.0
     reward_s: float = 0.0
 
@@ -170,23 +172,24 @@ class DenoisingMDP:
 
     def outcome(self, x0: Tensor, prompt_ids: Tensor, video_seeds: Tensor) -> Outcome:
         """Decodes final latents and scores them."""
-        started = self._clock()
+        started = self.clock()
         video = self.decode(x0, self.frames_of(video_seeds))
-        self.counters.decode_s += self._clock() - started
+        self.counters.decode_s += self.clock() - started
         self.counters.videos_sampled += len(video)
         reward, parts = self._score(video, [self.prompts[int(i)] for i in prompt_ids])
         return Outcome(reward=reward, parts={k: v.detach() for k, v in parts.items()}, video=video.detach())
 
     def _score(self, video: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        started = self._clock()
+        started = self.clock()
         scores, parts = score_parts(self.reward, video, prompts)
-        self.counters.reward_s += self._clock() - started
+        self.counters.reward_s += self.clock() - started
         self.counters.reward_queries += len(video)
         if scores.requires_grad:
             self.counters.reward_backward_queries += len(video)
         return scores.to(self.device), parts
 
-    def _clock(self) -> float:
+    def clock(self) -> float:
+        """Seconds, with the device's queue drained: phases of an episode are measured at their edges."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
