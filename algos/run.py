@@ -5,7 +5,7 @@ A run owns one folder:
     run.json            what was run, written once             train.jsonl   one row per update (`algos.meter`)
     eval.jsonl          one row per (evaluation, reward, prompt, noise seed)
     samples/            eval_<update>.npz: the evaluation's first videos, uint8 [n, F, H, W, 3]
-    checkpoint/         the newest state (`algos.checkpoint`)
+    checkpoint/         the newest state (`algos.checkpoint`): of the end, or of the last evaluation before a failure
     DONE | INTERRUPTED | FAILED    how it ended, with the last counts; none of them: still running, or killed
 """
 
@@ -109,7 +109,8 @@ def run(
         updates: number of updates; with a budget too, whichever comes first.
         evaluate: evaluates before the first update, on the schedule and at the end; its time is kept apart.
         eval_every: an int counts updates, a duration such as "30s" device-seconds. Default: an eighth of the budget.
-        checkpoint_every: updates between checkpoints; there is always one at the end.
+        checkpoint_every: updates between checkpoints; 0: at the end only. Default: before each evaluation that follows
+            an update, with or without an evaluator. There is always one at the end, and their time is kept apart.
         seed: the training seed, for the record: the caller has given it to the environment and the algorithm.
         task: what else `run.json` should say about the task (model, reward, prompts).
         algo: name in the record; default the class's in lower case.
@@ -120,13 +121,15 @@ def run(
         progress: a bar over the budget, or a line an update where standard output is no terminal.
 
     Raises:
-        ValueError: no budget, a bad duration, or a folder that already holds a run.
+        ValueError: no budget, a bad duration or schedule, or a folder that already holds a run.
         TypeError: no env or policy to be found.
     """
     if budget is None and updates is None:
         raise ValueError("a run needs an end: give budget='2min' (device-seconds), updates=100, or both")
     if updates is not None and updates < 1:
         raise ValueError(f"updates must be at least 1, got {updates}")
+    if checkpoint_every is not None and checkpoint_every < 0:
+        raise ValueError(f"checkpoint_every must be at least 0, got {checkpoint_every}")
     env, policy = _part(algorithm, "env", env), _part(algorithm, "policy", policy)
     limit = None if budget is None else seconds(budget)
     due = _Schedule(eval_every, limit, updates)
@@ -197,6 +200,7 @@ class _Loop:
         self.update = 0
         self.whole = True  # False in the middle of an update, when the state is neither the old nor the new one
         self.evaluated_at: int | None = None
+        self.saved_at: int | None = None
         self.scores: dict[str, float] = {}
 
     def go(self, limit: float | None, updates: int | None, due: _Schedule, checkpoint_every: int | None) -> str:
@@ -216,16 +220,17 @@ class _Loop:
                 self._append("train.jsonl", [row])
                 self.bar.show(self.update, self.meter.device_s, row["reward_mean"], self.scores)
                 ended = self._ended(limit, updates)
-                if ended:
-                    self.evaluate()
-                    break
-                if due(self.update, self.meter.device_s):
-                    self.evaluate()
-                if checkpoint_every and self.update % checkpoint_every == 0:
+                evaluates = due(self.update, self.meter.device_s) or bool(ended)
+                # Before the evaluation: the state must survive a failure in it.
+                if evaluates if checkpoint_every is None else checkpoint_every and self.update % checkpoint_every == 0:
                     self.checkpoint()
+                if evaluates:
+                    self.evaluate()
+                if ended:
+                    break
         except KeyboardInterrupt:
             ended = "interrupted"
-        if self.whole:
+        if self.whole and self.saved_at != self.update:
             self.checkpoint()
         return ended
 
@@ -276,6 +281,7 @@ class _Loop:
                 "meter": self.meter.state_dict(),
             }
             save_checkpoint(self.folder / "checkpoint", state, self.policy)
+        self.saved_at = self.update
 
     def finish(self, name: str, reason: str) -> None:
         """Writes DONE, INTERRUPTED or FAILED with the last counts, those of a dropped update included."""

@@ -35,6 +35,14 @@ def parse(kind: Any, arguments: Sequence[str] | None, program: str) -> Any:
         raise SystemExit(2) from None
 
 
+def one_line(error: BaseException) -> str:
+    """What went wrong, as one line of text; the kind of error stands in front where its text alone may say little."""
+    text = " ".join(str(error).split())
+    if text and isinstance(error, ValueError | OSError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def _first_line(text: str) -> str:
     """What tyro's boxed message says before its first ruler."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)

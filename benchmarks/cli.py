@@ -47,7 +47,11 @@ def envs() -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit code: 0 done, 1 failed, 2 wrong usage (raised by the parser), 130 interrupted."""
+    """Entry point. Returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+
+    Raises:
+        SystemExit: code 2 for arguments the parser refuses, 0 after --help.
+    """
     command = parse(Command, arguments, "vdm-env")
     if isinstance(command, DemoConfig):
         return demo(command)

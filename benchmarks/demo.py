@@ -2,12 +2,13 @@
 
     python -m benchmarks.demo --budget 60s --out runs/demo --seed 0
 
-Reward back-propagation (VADER) against policy gradients (DDPO) on MovingShapes-HPS. Ctrl-C ends it with a report of
-what was done.
+Reward back-propagation (VADER) against policy gradients (DDPO) on MovingShapes-HPS. Ctrl-C, or a failure in one of
+them, ends it with a report of what was done.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import time
@@ -16,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arguments import parse
+from benchmarks.arguments import one_line, parse
 from benchmarks.records import GOLD, PROXY, read_runs
 from benchmarks.report import device_name, write_report
 from benchmarks.summary import difference, explain_unit, show, show_interval, summarise, unmeasured
@@ -29,11 +30,7 @@ ENV_OPTIONS: dict[str, dict[str, Any]] = {
     "vader": {**SAMPLING, "decode_frames": "random1"},  # the frame subsampling of the paper
     "ddpo": {**SAMPLING, "group_size": 8},  # its advantages compare videos of one prompt
 }
-LIMITS = (
-    f"{REWARD}: the video model and the reward model were trained by this package on its own synthetic world. "
-    "This is not HPSv2, and says nothing about how the algorithms rank on large models.",
-    "Hyper-parameters are each algorithm's preset for this world; a demonstration is no tuned comparison.",
-)
+COMMAND = "python -m benchmarks.demo"
 QUESTION = (
     "With the same computing time, does reward back-propagation (VADER) or a policy gradient (DDPO) raise the reward "
     "more, and does the true preference (gold score) follow?"
@@ -53,6 +50,10 @@ class DemoConfig:
     """training seed"""
 
 
+class SetupError(ValueError):
+    """A run that cannot be set up as asked; nothing was trained."""
+
+
 def train(
     name: str,
     *,
@@ -63,29 +64,37 @@ def train(
     env_id: str = ENV_ID,
     split: str = "test",
     noise_seeds: Sequence[int] = _NOISE_SEEDS,
+    fresh: bool = False,
 ) -> Any:
     """Trains one algorithm ("vader" or "ddpo") on train prompts and evaluates it on `split`.
 
+    Args:
+        name: the algorithm.
+        out: folder of all runs.
+        budget: device time, such as "60s".
+        seed: of the environment, the policy and the algorithm.
+        command: what repeats the run, for the record.
+        env_id: of an environment whose model the algorithm has a preset for.
+        split: prompts of the evaluations.
+        noise_seeds: videos of each prompt in an evaluation.
+        fresh: remove an earlier run of this seed first.
+
     Returns:
         The `algos.run.RunResult`; the run's folder is <out>/<algorithm>/<env_id>/seed_<n>.
+
+    Raises:
+        SetupError: the arguments fit no environment, preset or prompts; nothing was written.
+        Exception: whatever stopped the training, which its folder records as FAILED.
     """
     started = time.perf_counter()
     import algos
     import vdm_env
     from algos.run import run_folder
 
-    classes: dict[str, tuple[Any, Any]] = {
-        "vader": (algos.VADER, algos.VADERConfig),
-        "ddpo": (algos.DDPO, algos.DDPOConfig),
-    }
-    algorithm_class, config_class = classes[name]
-    env = vdm_env.make(env_id, seed=seed, **ENV_OPTIONS[name])
-    policy = env.make_policy(seed=seed)
-    algorithm = algorithm_class(env, policy, replace(config_class.preset("MovingShapes"), seed=seed))
-    held_out = env.derive(split=split, num_envs=16, group_size=1, decode_frames=None)
-    prompt_ids = held_out.prompt_ids(split)
-    every = max(1, len(prompt_ids) // _NUM_PROMPTS)  # spread over the split, whose neighbours resemble each other
-    evaluator = algos.Evaluator(held_out, prompt_ids[::every][:_NUM_PROMPTS], noise_seeds, num_videos=_NUM_VIDEOS)
+    try:
+        env, policy, algorithm, evaluator = _build(algos, vdm_env, name, env_id, seed, split, noise_seeds)
+    except ValueError as error:
+        raise SetupError(one_line(error)) from error
     return algos.run(
         algorithm,
         out=run_folder(out.parent, out.name, name, env_id, seed),
@@ -97,15 +106,47 @@ def train(
         env=env,
         policy=policy,
         setup_s=time.perf_counter() - started,
+        fresh=fresh,
     )
 
 
+def _build(
+    algos: Any, vdm_env: Any, name: str, env_id: str, seed: int, split: str, noise_seeds: Sequence[int]
+) -> tuple[Any, Any, Any, Any]:
+    """Environment, policy, algorithm and evaluator of a run."""
+    classes: dict[str, tuple[Any, Any]] = {
+        "vader": (algos.VADER, algos.VADERConfig),
+        "ddpo": (algos.DDPO, algos.DDPOConfig),
+    }
+    algorithm_class, config_class = classes[name]
+    env = vdm_env.make(env_id, seed=seed, **ENV_OPTIONS[name])
+    spec = env.model.spec
+    # The embedded world's models are of one size and see the same videos: the settings of one serve the others.
+    config = config_class.preset("MovingShapes" if spec.world == "moving_shapes" else spec.name)
+    policy = env.make_policy(seed=seed)
+    algorithm = algorithm_class(env, policy, replace(config, seed=seed))
+    held_out = env.derive(split=split, num_envs=16, group_size=1, decode_frames=None)
+    prompt_ids = held_out.prompt_ids(split)
+    every = max(1, len(prompt_ids) // _NUM_PROMPTS)  # spread over the split, whose neighbours resemble each other
+    evaluator = algos.Evaluator(held_out, prompt_ids[::every][:_NUM_PROMPTS], noise_seeds, num_videos=_NUM_VIDEOS)
+    return env, policy, algorithm, evaluator
+
+
 def _task(env: Any, env_id: str, command: str) -> dict[str, Any]:
+    label = f"{env_id} (own small weights)" if env.model.spec.world else env_id
+    limits = ["Hyper-parameters are each algorithm's preset for this model; a demonstration is no tuned comparison."]
+    if env.model.spec.world:
+        limits.insert(
+            0,
+            f"{label}: the video model and the reward model were trained by this package on its own synthetic world. "
+            "This is no published network such as HPSv2, and says nothing about how the algorithms rank on large "
+            "models.",
+        )
     frames, height, width = env.mdp.num_frames, env.mdp.height, env.mdp.width
     return {
         "env_id": env_id,
-        "model_id": env_id.partition("-")[0],
-        "reward_train": f"{env_id} (own small weights)",
+        "model_id": env.model.spec.name,
+        "reward_train": label,
         "num_frames": frames,
         "height_px": height,
         "width_px": width,
@@ -117,20 +158,39 @@ def _task(env: Any, env_id: str, command: str) -> dict[str, Any]:
         "group_size": env.group_size,
         "prompts_train_sha256": env.prompts.sha256("train"),
         "question": QUESTION,
-        "limits": list(LIMITS),
+        "limits": limits,
         "command": command,
     }
 
 
 def _clear(out: Path) -> None:
-    """Removes an earlier demo's runs, and nothing else: their numbers must not enter this report."""
-    for name in ENV_OPTIONS:
-        for record in (out / name).glob("*/seed_*/run.json"):
-            shutil.rmtree(record.parent)
+    """Removes an earlier demo's runs, and nothing else: their numbers must not enter this report.
+
+    Raises:
+        ValueError: there is a run of another command; nothing is removed.
+    """
+    records = sorted(out.rglob("run.json"))
+    own = [record for name in ENV_OPTIONS for record in (out / name).glob("*/seed_*/run.json") if _is_demo(record)]
+    others = [record.parent for record in records if record not in own]
+    if others:
+        raise ValueError(
+            f"{others[0]} is a run of another command, which would enter this report (nothing was removed): "
+            "choose another --out"
+        )
+    for record in own:
+        shutil.rmtree(record.parent)
+
+
+def _is_demo(record: Path) -> bool:
+    try:
+        command = json.loads(record.read_text(encoding="utf-8"))["task"]["command"]
+    except (ValueError, KeyError, TypeError):
+        return False
+    return str(command).startswith(COMMAND)
 
 
 def _command(config: DemoConfig) -> str:
-    return f"python -m benchmarks.demo --budget {config.budget} --out {config.out} --seed {config.seed}"
+    return f"{COMMAND} --budget {config.budget} --out {config.out} --seed {config.seed}"
 
 
 def results(out: Path) -> list[str]:
@@ -160,32 +220,50 @@ def results(out: Path) -> list[str]:
 
 
 def demo(config: DemoConfig) -> int:
-    """Runs the demo. Returns 0, 1 after an error, or 130 if it was interrupted (the report is written all the same)."""
+    """Runs the demo.
+
+    Returns:
+        The exit code: 0; 1 after a failure or 130 if it was interrupted, with a report of what was done all the same;
+        2 for a bad budget or a folder with other runs, before anything is removed.
+    """
     out = Path(config.out)
-    interrupted = False
+    code = 0
     try:
         from algos.run import seconds
 
-        seconds(config.budget)  # a bad budget is refused before anything is removed
+        seconds(config.budget)
         _clear(out)
+    except (ValueError, OSError) as error:
+        print(f"demo: {one_line(error)}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    try:
         for name in ENV_OPTIONS:
             print(f"{name}: setting up", flush=True)
-            result = train(name, out=out, budget=config.budget, seed=config.seed, command=_command(config))
-            if result.interrupted:
-                interrupted = True
+            if train(name, out=out, budget=config.budget, seed=config.seed, command=_command(config)).interrupted:
+                code = 130
                 break
     except KeyboardInterrupt:
-        interrupted = True
-    except (ValueError, OSError) as error:  # weights that are missing, a bad budget, a folder that cannot be written
-        print(f"demo: {error}", file=sys.stderr)
-        return 1
+        code = 130
+    except Exception as error:  # whatever it is, the runs before it deserve their report
+        print(f"demo: {name} stopped: {one_line(error)}", file=sys.stderr)
+        code = 1
+    if code == 1 and not _evaluated(out):
+        return code  # the one line said it all
     try:
         report = write_report(out)
-    except ValueError as error:
-        print(f"demo: no report: {error}", file=sys.stderr)
-        return 130 if interrupted else 1
+    except (ValueError, OSError) as error:
+        print(f"demo: no report: {one_line(error)}", file=sys.stderr)
+        return code or 1
     print("", *results(out), f"report: {report}", sep="\n")
-    return 130 if interrupted else 0
+    return code
+
+
+def _evaluated(out: Path) -> bool:
+    """Whether there is anything to report."""
+    try:
+        return bool(read_runs(out))
+    except ValueError:
+        return False
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,7 +15,10 @@ SCHEMA_VERSION = 1
 _ENDINGS = ("DONE", "INTERRUPTED", "FAILED")
 # Runs that differ in one of these measured different things and must not be drawn as one curve, or against each other.
 _SAME = ("schema_version", "device", "gpu_name", "cpu_name", "cpu_threads", "dtype")
-_SAME_TASK = ("prompts_test_sha256", "eval_noise_seeds", "reward_train", "model_id", "num_steps")
+_SAME_TASK = (
+    "reward_train", "model_id", "num_frames", "height_px", "width_px", "num_steps", "sampler", "noise_level",
+    "guidance_scale", "prompts_test_sha256", "eval_prompt_ids", "eval_noise_seeds",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +160,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
     """Refuses runs that measured different things.
 
     Raises:
-        ValueError: device, dtype, schema, prompts, noise seeds, model or reward differ.
+        ValueError: device, dtype, schema, evaluation prompts or noise seeds, model, reward or sampling differ.
     """
     for where, names in (("run.json", _SAME), ("its task", _SAME_TASK)):
         for name in names:

@@ -73,7 +73,7 @@ def test_the_examples_sampling_is_as_good_as_plain_sampling(env_id):
 
 
 def test_the_mean_action_at_full_noise_is_worse_than_a_sample():
-    # Without the noise that the next steps count on, latents lose their variance. (The flow model only: the gold score of
-    # the UNet's videos does not fall.)
+    # Without the noise that the next steps count on, latents lose their variance. (The flow model only: the gold score
+    # of the UNet's videos does not fall.)
     mean, sample = (gold_of_sampling("MovingShapes-HPS", 1.0, use_mean) for use_mean in (True, False))
     assert mean.mean() < sample.mean() - 0.05

@@ -8,14 +8,13 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import av
 import numpy as np
 import pytest
 
-from benchmarks import cli, demo, plots
+from benchmarks import cli, plots
 from benchmarks.clips import mp4
 from benchmarks.plots import Line
 from benchmarks.records import check_comparable, read_run, read_runs
@@ -295,11 +294,19 @@ def test_missing_scores_are_counted_and_not_averaged(tmp_path: Path) -> None:
     assert "2 scores were not finite" in Page(write_report(tmp_path).read_text()).text
 
 
-def test_runs_of_two_kinds_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["prompts_test_sha256", "eval_prompt_ids", "eval_noise_seeds", "reward_train", "model_id", "num_steps", "sampler",
+     "noise_level", "guidance_scale", "height_px"],
+)  # fmt: skip
+def test_runs_of_two_kinds_are_refused(tmp_path: Path, name: str) -> None:
     write_run(tmp_path, "vader")
-    write_run(tmp_path, "ddpo", task={"prompts_test_sha256": "other"})
-    with pytest.raises(ValueError, match="'prompts_test_sha256' differs"):
+    write_run(tmp_path, "ddpo", task={name: "other"})
+    with pytest.raises(ValueError, match=f"'{name}' differs"):
         check_comparable(read_runs(tmp_path))
+
+
+def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no run with an evaluation"):
         read_runs(tmp_path / "nothing")
 
@@ -344,49 +351,3 @@ def test_command_lines_fail_in_one_line(tmp_path: Path, capsys: pytest.CaptureFi
     write_run(tmp_path, "vader")
     assert cli.main(["report", str(tmp_path)]) == 0
     assert (tmp_path / "report.html").exists()
-
-
-def fake_training(monkeypatch: pytest.MonkeyPatch, interrupt_at: str | None) -> None:
-    """The demo's training replaced by finished folders, the one named broken off by Ctrl-C after an evaluation."""
-
-    def train(name: str, *, out: Path, budget: str, seed: int, command: str) -> SimpleNamespace:
-        broken = name == interrupt_at
-        status, evaluations, end = ("INTERRUPTED", 2, 15.0) if broken else ("DONE", 5, 60.0)
-        write_run(out, name, seed=seed, gain=0.4, status=status, evaluations=evaluations, end=end)
-        return SimpleNamespace(interrupted=broken)
-
-    monkeypatch.setattr(demo, "train", train)
-
-
-def test_demo_prints_its_numbers_and_replaces_an_earlier_demo(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "demo"
-    write_run(out, "vader", seed=7)  # an earlier demo's: its numbers must not enter this report
-    (out / "notes.txt").write_text("mine")
-    fake_training(monkeypatch, None)
-    assert demo.main(["--out", str(out), "--budget", "60s"]) == 0
-    said = capsys.readouterr().out
-    assert "seed 0" in said and str(out / "report.html") in said
-    assert said.count("  reward 0.") == said.count("  gold   0.") == 2
-    assert f"95 % interval over {PROMPTS} prompts of one seed; it says nothing about other seeds" in said
-    assert "reward, ddpo - vader:" in said
-    assert not (out / "vader" / "Task" / "seed_7").exists() and (out / "notes.txt").exists()
-
-
-def test_an_interrupted_demo_reports_what_was_done(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    fake_training(monkeypatch, "vader")
-    assert demo.main(["--out", str(tmp_path)]) == 130
-    assert "vader (interrupted, 15 device-s, 5 updates)" in capsys.readouterr().out
-    page = Page((tmp_path / "report.html").read_text()).text
-    assert "vader raises it" in page and "ddpo" not in page
-
-
-def test_a_demo_that_cannot_run_says_so_in_one_line_and_removes_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    kept = write_run(tmp_path, "vader")
-    assert demo.main(["--out", str(tmp_path), "--budget", "soon"]) == 1
-    assert capsys.readouterr().err.count("\n") == 1 and (kept / "run.json").exists()

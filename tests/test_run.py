@@ -395,6 +395,45 @@ def test_a_crash_is_recorded_and_raised(tmp_path: Path) -> None:
     assert len(rows(tmp_path / "train.jsonl")) == 1 and not (tmp_path / "DONE").exists()
 
 
+@pytest.mark.parametrize(("every", "kept"), [(None, [2, 4, 5]), (3, [3, 5]), (0, [5]), (5, [5])])
+def test_checkpoints_come_with_the_evaluations_unless_told_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int | None, kept: list[int]
+) -> None:
+    module, clock, saved = import_module("algos.run"), Clock(), []
+
+    def save(folder: Path, state: dict[str, Any], policy: Any) -> None:
+        clock.now += 7
+        saved.append(state["update"])
+
+    monkeypatch.setattr(module, "save_checkpoint", save)
+    monkeypatch.setattr(module, "Meter", lambda **options: Meter(clock=clock, **options))
+    run(FakeAlgorithm(), out=tmp_path, updates=5, eval_every=2, checkpoint_every=every, progress=False)
+    assert saved == kept
+    done = json.loads((tmp_path / "DONE").read_text())
+    assert (done["checkpoint_s"], done["device_s"]) == (7 * len(kept), 0)  # timed, and not charged
+
+
+@pytest.mark.parametrize(("fails_at", "kept"), [(3, 2), (2, 2), (5, 5)])
+def test_a_failed_run_keeps_its_state(tmp_path: Path, fails_at: int, kept: int) -> None:
+    algorithm = FakeAlgorithm()
+    evaluator = Evaluator(FakeEnv(), [0])
+    works = evaluator.evaluate
+
+    def evaluate(policy: Any) -> Any:
+        if algorithm.done == fails_at:
+            raise RuntimeError("out of memory")
+        return works(policy)
+
+    def crash() -> None:
+        raise RuntimeError("gradient")
+
+    evaluator.evaluate = evaluate  # type: ignore[method-assign]
+    algorithm.hooks = {4: crash} if fails_at == 3 else {}
+    with pytest.raises(RuntimeError):
+        run(algorithm, out=tmp_path, updates=5, evaluate=evaluator, eval_every=2, progress=False)
+    assert (tmp_path / "FAILED").exists() and load_checkpoint(tmp_path / "checkpoint")["update"] == kept
+
+
 def test_a_folder_holds_one_run(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     run(FakeAlgorithm(), out=tmp_path, updates=3, progress=False)
@@ -412,6 +451,8 @@ def test_run_says_what_is_missing(tmp_path: Path) -> None:
         run(FakeAlgorithm(), out=tmp_path, budget="fast")
     with pytest.raises(ValueError, match="updates must be at least 1"):
         run(FakeAlgorithm(), out=tmp_path, updates=0)
+    with pytest.raises(ValueError, match="checkpoint_every must be at least 0"):
+        run(FakeAlgorithm(), out=tmp_path, updates=1, checkpoint_every=-1)
     with pytest.raises(ValueError, match="eval_every must be positive"):
         run(FakeAlgorithm(), out=tmp_path, updates=1, eval_every=0)
     bare = SimpleNamespace(update=dict, state_dict=dict, load_state_dict=None, policy=FakePolicy())

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 
 from vdm_env.models.base import VideoModel
 from vdm_env.prompts import PromptBook
+from vdm_env.rewards import RewardContext
 from vdm_env.rewards.base import FramePolicy, Reward
+
+
+def check_guidance(scale: float) -> None:
+    """Raises ValueError unless the guidance scale is a finite number."""
+    if not isinstance(scale, Real) or isinstance(scale, bool) or not math.isfinite(scale):
+        raise ValueError(f"guidance_scale={scale!r}: expected a finite number; 1.0 is no guidance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +44,20 @@ class EnvConfig:
     seed: int
     gold: Any = None
     observe_embedding: bool = False
+    context: RewardContext | None = None
+    """what rewards given by name are built in"""
 
     def __post_init__(self) -> None:
         for name in ("num_envs", "group_size", "num_steps"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
+        if not isinstance(self.seed, Integral):
+            raise ValueError(f"seed={self.seed!r}: expected an int")
+        check_guidance(self.guidance_scale)
+        levels = self.noise_level if isinstance(self.noise_level, Sequence) else [self.noise_level]
+        if isinstance(levels, str) or not all(level is None or isinstance(level, Real) for level in levels):
+            raise ValueError(f"noise_level={self.noise_level!r}: expected a number, or one for each denoising step")
         if self.num_envs % self.group_size:
             near = max(1, round(self.num_envs / self.group_size)) * self.group_size
             raise ValueError(

@@ -86,6 +86,7 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
         self._stream = Stream(seed=config.seed)
         self._latents: Tensor | None = None
         self._clean = torch.empty(0)
+        self._unrendered: tuple[Tensor, Tensor, Tensor] | None = None
         self._rollout_started: float | None = None
 
     @property
@@ -116,15 +117,16 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
         Raises:
             ValueError: an unknown option, or one that does not fit; the message says what would.
         """
+        if options is not None and not isinstance(options, Mapping):
+            raise TypeError(f"options must be a dict, got {type(options).__name__}")
+        if isinstance(seed, str | float):
+            raise TypeError(f"seed={seed!r}: expected an int, or a list of {self.num_envs} ints")
         options = dict(options or {})
         check_options(options, self.config.id)
         mask = reset_mask(options.get("reset_mask"), self.num_envs, self.group_size, first=self._latents is None)
         # Everything is prepared before anything changes: a refused reset loses no episode and no place in the stream.
         stream = Stream(seed=int(seed)) if isinstance(seed, Integral) else replace(self._stream)
         table = self._table(options.get("noise_levels"), bool(mask.all()))
-        prompt_ids = given_prompts(options, self.prompts, self.num_envs, self.group_size)
-        if prompt_ids is None:
-            prompt_ids = stream.prompt_ids(mask, self.group_size, self.prompts.ids(self.split))
         if seed is None or isinstance(seed, Integral):
             video_seeds = stream.video_seeds(mask)
         else:
@@ -135,15 +137,19 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
         else:
             latents = given_latents(options["latents"], (self.num_envs, *self.mdp.latent_shape))
             latents = latents.to(self.device, self.mdp.dtype)
+        # Last of all, because texts that are new join the book here.
+        prompt_ids = given_prompts(options, self.prompts, self.num_envs, self.group_size)
+        if prompt_ids is None:
+            prompt_ids = stream.prompt_ids(mask, self.group_size, self.prompts.ids(self.split))
         self._stream, self.mdp.table = stream, table
         if self._latents is None or bool(mask.all()):
             self._latents, self._step, self._prompt_ids, self._video_seeds = latents, step, prompt_ids, video_seeds
-            self._clean = latents.detach()
+            self._clean, self._unrendered = latents.detach(), None
             self._rollout_started = self.mdp.clock()
         else:
             wide = mask.to(self.device).reshape(-1, 1, 1, 1, 1)
             self._latents = torch.where(wide, latents, self._latents)
-            self._clean = torch.where(wide, latents, self._clean).detach()
+            self._clean = torch.where(wide, latents, self._clean_latents()).detach()
             self._step = torch.where(mask.to(self.device), step, self._step)
             self._prompt_ids = torch.where(mask, prompt_ids, self._prompt_ids)
             self._video_seeds = torch.where(mask, video_seeds, self._video_seeds)
@@ -172,7 +178,8 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
 
         Returns:
             Observation, reward [B], terminated [B] bool, truncated [B] bool (all False), info. At the end info has
-            `reward_parts` ({name: [B]}) and `video` (what the reward saw, [B,n,3,H,W], detached).
+            `reward_parts` ({name: [B]}) and `video` (what the reward saw, [b,n,3,H,W] of the b envs that end here, in
+            their order, detached).
 
         Raises:
             TypeError: the action is no float tensor.
@@ -190,8 +197,7 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
             )
         self._check_action(action)
         action = action.to(self._latents.dtype)
-        with torch.no_grad():
-            self._clean = self.mdp.x0(self._latents, action, self._step).detach()
+        self._unrendered = self._latents.detach(), action.detach(), self._step
         self._latents = self.mdp.step(self._latents, action, self._step)
         self._step = self._step + 1
         terminated = self._step >= self.num_steps
@@ -258,7 +264,7 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
         Unlike `reset` it starts nothing and draws nothing, so that a stored observation can be stepped again.
         """
         self._latents = obs["latents"]
-        self._clean = self._latents.detach()
+        self._clean, self._unrendered = self._latents.detach(), None
         self._step = obs["step"].to(self.device)
         self._prompt_ids, self._video_seeds = obs["prompt_id"].cpu(), obs["video_seed"].cpu()
 
@@ -269,8 +275,14 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
         if self._latents is None:
             raise RuntimeError("render was called before reset: call env.reset() first")
         with torch.no_grad():
-            video = self.mdp.decode(self._clean)
+            video = self.mdp.decode(self._clean_latents())
         return tuple(frame_row(v) for v in video)
+
+    def _clean_latents(self) -> Tensor:
+        """The clean estimate of the last step, worked out when somebody looks at it."""
+        if self._unrendered is not None:
+            self._clean, self._unrendered = self.mdp.x0(*self._unrendered), None
+        return self._clean
 
     def prompt_ids(self, split: str | None = None) -> list[int]:
         """Numbers of a split's prompts (of this env's own split if None)."""
@@ -286,7 +298,8 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
 
         Args:
             changes: any of num_envs, group_size, num_steps, sampler, noise_level, split, decode_frames, reward, seed,
-                guidance_scale, size, observe_embedding.
+                guidance_scale (of policies made from the new env), size, observe_embedding. A reward may be a name or
+                {name: weight} where `make` could build one by name.
         """
         known = {
             "num_envs",
@@ -305,8 +318,18 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
             raise ValueError(f"derive cannot change {unknown}; expected some of {sorted(known)}")
         if changes.get("sampler", self.config.sampler) != self.config.sampler:
             changes.setdefault("noise_level", None)  # the other sampler's published one
+        if isinstance(changes.get("reward"), str | Mapping):
+            from vdm_env.registry import build_reward
+
+            wanted = changes["reward"]
+            assert self.config.context is not None  # make always gives one
+            changes["reward"] = build_reward(
+                {wanted: 1.0} if isinstance(wanted, str) else wanted, self.config.context
+            )
         if "reward" in changes:
             changes["reward"] = as_reward(changes["reward"])
+        if "size" in changes and hasattr(self.model, "with_size"):
+            changes["model"] = self.model.with_size(*changes["size"])
         twin = DenoisingVectorEnv(replace(self.config, **changes), self.render_mode)
         twin.mdp._conditions = self.mdp._conditions  # the same prompts and text encoder: embed once
         return twin

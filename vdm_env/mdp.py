@@ -129,11 +129,6 @@ class DenoisingMDP:
         """The clean latents that the action implies at a step of the grid."""
         return transition.predict_x0(self.table, x, a, step)
 
-    def input_scale(self, step: Tensor, like: Tensor) -> Tensor:
-        """What the latents are multiplied by before the network sees them (1 except for EDM), broadcast to `like`."""
-        scale = self.table.input_scale[step.to(self.table.input_scale.device).clamp(max=self.num_steps - 1)]
-        return scale.to(like).reshape(-1, *[1] * (like.ndim - 1))
-
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Latents x_t of clean latents, noise and training timesteps t [B]."""
         return self.schedule.add_noise(x0, noise, t)

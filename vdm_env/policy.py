@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vdm_env import noise
+from vdm_env.config import check_guidance
 from vdm_env.distribution import MeanNormal
 from vdm_env.errors import CorruptWeightsError
 from vdm_env.mdp import DenoisingMDP
@@ -64,8 +65,11 @@ class DenoisingPolicy(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if lora_rank < 0:
-            raise ValueError(f"lora_rank={lora_rank}: expected a positive rank, or 0 to train all weights")
+        if not isinstance(lora_rank, int) or lora_rank < 0:
+            raise ValueError(f"lora_rank={lora_rank!r}: expected a positive whole number, or 0 to train all weights")
+        if lora_alpha is not None and not lora_alpha > 0:
+            raise ValueError(f"lora_alpha={lora_alpha}: expected a number > 0, or None for lora_rank")
+        check_guidance(guidance_scale)
         self._mdp = mdp
         self.guidance_scale = float(guidance_scale)
         self.gradient_checkpointing = gradient_checkpointing
@@ -109,7 +113,7 @@ class DenoisingPolicy(nn.Module):
     def mean(self, obs: Observation) -> Tensor:
         """The guided output a_u + w (a_c - a_u), as one doubled batch; the conditional output alone for w = 1."""
         mdp, x, t = self._mdp, obs["latents"], obs["timestep"]
-        x = x * mdp.input_scale(obs["step"], x)
+        x = self._scaled(x, t)
         condition = mdp.condition(obs["prompt_id"])
         w = self.guidance_scale
         if w == 1.0:
@@ -121,8 +125,11 @@ class DenoisingPolicy(nn.Module):
 
     def predict(self, x_t: Tensor, t: Tensor, prompt_ids: Tensor | Sequence[int]) -> Tensor:
         """Conditional network output without guidance, at any timesteps t [B]: what preference losses train on."""
-        x_t = x_t * self._mdp.schedule.input_scale(t).to(x_t).reshape(-1, *[1] * (x_t.ndim - 1))
-        return self._network(x_t, t, self._mdp.condition(prompt_ids))
+        return self._network(self._scaled(x_t, t), t, self._mdp.condition(prompt_ids))
+
+    def _scaled(self, x: Tensor, t: Tensor) -> Tensor:
+        """The latents as the network wants them; a function of t alone, so it holds on every grid."""
+        return x * self._mdp.schedule.input_scale(t).to(x).reshape(-1, *[1] * (x.ndim - 1))
 
     def _network(self, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
         counters, reference = self._mdp.counters, self._reference_on

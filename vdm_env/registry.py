@@ -66,7 +66,13 @@ def list_rewards() -> list[str]:
 
 def list_envs() -> list[str]:
     """All ids of one model and one reward; rewards also combine with `+`."""
-    return [f"{model}-{reward}" for model in list_models() for reward in list_rewards()]
+    models, rewards = _models(), _rewards()
+    return [
+        f"{model}-{reward}"
+        for model in sorted(models)
+        for reward in sorted(rewards)
+        if not (models[model].world and rewards[reward].published)  # small weights do not carry a published name
+    ]
 
 
 def register_model(name: str, load: Callable[..., VideoModel], summary: str = "") -> None:
@@ -207,6 +213,9 @@ def make(
         ValueError: an unknown name (the nearest are named), an impossible size, step count, sampler or noise level.
         MissingWeightsError: pretrained weights that are not on this machine; the message says what works now.
     """
+    if id is not None and not isinstance(id, str):
+        raise TypeError(f"id must be a text such as 'MovingShapes-HPS', got {id!r}")
+    _check_place(device, dtype)
     if api not in ("gymnasium", "torchrl"):
         raise ValueError(f"api={api!r}: expected 'gymnasium' or 'torchrl'")
     if weights not in ("pretrained", "random") or scale not in ("full", "tiny"):
@@ -237,16 +246,16 @@ def make(
         network = network.with_size(*size)
     if isinstance(reward, str):
         reward = {reward: 1.0}
+    context = RewardContext(
+        world=spec.world,  # type: ignore[arg-type]
+        weights="pretrained" if spec.world else weights,  # type: ignore[arg-type]
+        scale="full" if spec.world else scale,  # type: ignore[arg-type]
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        num_frames=frames,
+    )
     if isinstance(reward, Mapping):
-        context = RewardContext(
-            world=spec.world,  # type: ignore[arg-type]
-            weights="pretrained" if spec.world else weights,  # type: ignore[arg-type]
-            scale="full" if spec.world else scale,  # type: ignore[arg-type]
-            device=device,
-            dtype=dtype,
-            seed=seed,
-            num_frames=frames,
-        )
         reward = build_reward(reward, context)
     else:
         reward = as_reward(reward)
@@ -273,9 +282,20 @@ def make(
         seed=seed,
         gold=gold,
         observe_embedding=observe_embedding,
+        context=context,
     )
     env = DenoisingVectorEnv(config, render_mode)
     return env.to_torchrl() if api == "torchrl" else env
+
+
+def _check_place(device: torch.device | str, dtype: torch.dtype) -> None:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype!r}: expected torch.float32, bfloat16, float16 or float64")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={device!r} cannot be used here ({reason}); device='cpu' always works") from error
 
 
 def _world(name: str | None) -> tuple[Any, Any]:

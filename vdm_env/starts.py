@@ -78,11 +78,16 @@ def given_prompts(options: Mapping[str, Any], book: PromptBook, num_envs: int, g
     texts, ids = options.get("prompts"), options.get("prompt_ids")
     if texts is not None and ids is not None:
         raise ValueError("give prompts or prompt_ids, not both")
+    groups = num_envs // group_size
     if texts is not None:
+        if not isinstance(texts, str) and len(texts) not in (0, groups, num_envs):
+            raise ValueError(f"got {len(texts)} prompts; expected {groups} (one a group) or {num_envs} (one an env)")
         ids = book.add(texts)
     if ids is None:
         return None
-    given, groups = [int(i) for i in ids], num_envs // group_size
+    if not isinstance(ids, Sequence | Tensor) or isinstance(ids, str):
+        raise ValueError(f"prompt_ids={ids!r}: expected a list of numbers, one a group or one an env")
+    given = [int(i) for i in ids]
     if len(given) == groups:
         given = [i for i in given for _ in range(group_size)]
     if len(given) != num_envs:

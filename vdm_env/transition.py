@@ -79,7 +79,7 @@ class TransitionTable:
             if column.shape != self.A.shape or column.dtype != torch.float64:
                 raise ValueError(
                     f"{self.name}: column {key} is {column.dtype} {tuple(column.shape)}, expected float64 "
-                    f"{tuple(self.A.shape)}; build tables with the *_table functions of vdm_env.transition"
+                    f"{tuple(self.A.shape)}; build tables with the *_table functions of vdm_env.samplers"
                 )
             if not bool(torch.isfinite(column).all()):
                 raise ValueError(f"{self.name}: column {key} is not finite at steps {_where(~torch.isfinite(column))}")

@@ -16,6 +16,8 @@ class ModelEntry(NamedTuple):
 
     load: Callable[..., VideoModel]
     summary: str
+    world: str | None = None
+    """the embedded world it belongs to"""
 
 
 def _moving_shapes(flow: bool) -> Callable[..., VideoModel]:
@@ -56,9 +58,11 @@ def _opensora(*, weights: str, scale: str, device: Any, dtype: Any, seed: int = 
 
 MODELS: dict[str, ModelEntry] = {
     "MovingShapes": ModelEntry(
-        _moving_shapes(flow=True), "embedded flow-matching WanTransformer3DModel, weights included"
+        _moving_shapes(flow=True), "embedded flow-matching WanTransformer3DModel, weights included", "moving_shapes"
     ),
-    "MovingShapesUNet": ModelEntry(_moving_shapes(flow=False), "embedded epsilon UNet3D with DDIM, weights included"),
+    "MovingShapesUNet": ModelEntry(
+        _moving_shapes(flow=False), "embedded epsilon UNet3D with DDIM, weights included", "moving_shapes"
+    ),
     "VideoCrafter2": ModelEntry(_unet3d("VideoCrafter2"), "UNet3D, 320x512, 16 frames, scaled DDIM"),
     "T2VTurbo": ModelEntry(_turbo("T2VTurbo"), "VideoCrafter2 distilled to 4 consistency steps, guidance as an input"),
     "T2VTurboV2": ModelEntry(_turbo("T2VTurboV2"), "the same with motion guidance, 16 consistency steps"),

@@ -43,7 +43,8 @@ def load_folder(cls: Any, folder: Path, *, device: torch.device | str, dtype: to
                 "Restore it: fetch or copy it again, then retry"
             ) from error
     try:
-        with _no_progress_bar():
+        # Some classes draw their initial values first, even when a file replaces all of them.
+        with _no_progress_bar(), torch.random.fork_rng(devices=[]):
             loaded = cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, output_loading_info=True)
     except (RuntimeError, ValueError, OSError) as error:
         raise CorruptWeightsError(

@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL, UNet3DConditionModel, WanTransformer3DModel
 from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
+from vdm_env.errors import CorruptWeightsError
 from vdm_env.models import dit, unet3d
 from vdm_env.models.base import FrameCodec, LatentVideoModel, ModelSpec, TokenTextEncoder, frozen
 from vdm_env.models.loading import load_folder
@@ -31,7 +32,10 @@ UNET_SPEC = ModelSpec(name="MovingShapesUNet", sampler="ddim", noise_level=1.0, 
 
 
 def _tokenizer(folder: Path) -> Any:
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exceptions for damaged files
+        raise CorruptWeightsError(f"{folder} does not hold a tokenizer ({error}); restore it, then retry") from error
     return lambda texts: (
         tokenizer(
             texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"

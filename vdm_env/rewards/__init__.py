@@ -12,7 +12,7 @@ from vdm_env.rewards.action import build_action
 from vdm_env.rewards.aesthetic import build_aesthetic
 from vdm_env.rewards.analytic import build_brightness, build_jpeg
 from vdm_env.rewards.base import FramePolicy, Reward, as_reward, score_parts, select_frames, validate_scores
-from vdm_env.rewards.clip_loading import build_clip_score, build_hps, build_hpsv2, build_pick_score
+from vdm_env.rewards.clip_loading import build_clip_score, build_hps, build_hpsv2, build_hpsv21, build_pick_score
 from vdm_env.rewards.combine import Part, WeightedSum
 from vdm_env.rewards.loading import RewardContext
 
@@ -23,11 +23,14 @@ class RewardEntry(NamedTuple):
     build: Callable[[RewardContext], Reward]
     summary: str
     differentiable: bool
+    published: bool = False
+    """the name is that of one published network, which an embedded world does not have"""
 
 
 REWARDS: dict[str, RewardEntry] = {
     "HPS": RewardEntry(build_hps, "Human Preference Score v2.1: frame against prompt, cosine in [-1, 1]", True),
-    "HPSv2": RewardEntry(build_hpsv2, "Human Preference Score v2.0: frame against prompt, cosine in [-1, 1]", True),
+    "HPSv2": RewardEntry(build_hpsv2, "Human Preference Score v2.0, by its published name", True, published=True),
+    "HPSv2.1": RewardEntry(build_hpsv21, "Human Preference Score v2.1, by its published name", True, published=True),
     "PickScore": RewardEntry(
         build_pick_score, "PickScore v1: frame against prompt, cosine times its temperature", True
     ),

@@ -93,8 +93,21 @@ def build_hps(context: RewardContext) -> ClipReward:
     return hps(_hps_backbone(context, "HPS"), name="HPS")
 
 
+def build_hpsv21(context: RewardContext) -> ClipReward:
+    """HPSv2.1 under its published name; "HPS" is the same network."""
+    _refuse_world(context, "HPSv2.1")
+    return hps(_hps_backbone(context, "HPS"), name="HPSv2.1")
+
+
+def _refuse_world(context: RewardContext, name: str) -> None:
+    """A published name is not given to the small networks of an embedded world."""
+    if context.world is not None and context.weights == "pretrained":
+        raise ValueError(f"{name} is a published network; the HPS-style network of {context.world} is called 'HPS'")
+
+
 def build_hpsv2(context: RewardContext) -> ClipReward:
-    """HPSv2.0 (hub xswu/HPSv2). In MovingShapes it is the same network as HPS."""
+    """HPSv2.0 (hub xswu/HPSv2)."""
+    _refuse_world(context, "HPSv2")
     return hps(_hps_backbone(context, "HPSv2"), name="HPSv2")
 
 

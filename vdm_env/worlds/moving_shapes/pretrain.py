@@ -231,7 +231,8 @@ def main(config: Config) -> None:
         raise ValueError(f"unknown stages {unknown}; expected some of {list(stages)}")
     config.out.mkdir(parents=True, exist_ok=True)
     for stage in config.stages:
-        stages[stage](config)
+        with torch.random.fork_rng():
+            stages[stage](config)
         record = {k: str(v) for k, v in vars(config).items()} | {"torch": torch.__version__}
         (config.out / f"{stage}.json").write_text(json.dumps(record, indent=1) + "\n")
 
