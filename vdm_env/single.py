@@ -100,6 +100,8 @@ class DenoisingEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         if not isinstance(action, np.ndarray) or action.dtype.kind != "f":
             kind = action.dtype if isinstance(action, np.ndarray) else type(action).__name__
             raise TypeError(f"action must be a float array of shape {self.action_space.shape}, got {kind}")
+        if action.shape != self.action_space.shape:
+            raise ValueError(f"action must have shape {self.action_space.shape}, got {action.shape}")
         with torch.no_grad():
             obs, reward, terminated, _, info = self.vector.step(torch.as_tensor(np.array(action))[None])
         plain: dict[str, Any] = {}
