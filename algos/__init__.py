@@ -15,11 +15,33 @@ from algos.run import (
 
 if TYPE_CHECKING:
     from algos.ddpo import DDPO, DDPOConfig
+    from algos.diffusion_dpo import DiffusionDPO, DiffusionDPOConfig
+    from algos.flow_grpo import FlowGRPO, FlowGRPOConfig
     from algos.vader import VADER, VADERConfig
 
-_HOME = {"DDPO": "algos.ddpo", "DDPOConfig": "algos.ddpo", "VADER": "algos.vader", "VADERConfig": "algos.vader"}
+_HOME = {
+    "DDPO": "algos.ddpo",
+    "DDPOConfig": "algos.ddpo",
+    "DiffusionDPO": "algos.diffusion_dpo",
+    "DiffusionDPOConfig": "algos.diffusion_dpo",
+    "FlowGRPO": "algos.flow_grpo",
+    "FlowGRPOConfig": "algos.flow_grpo",
+    "VADER": "algos.vader",
+    "VADERConfig": "algos.vader",
+}
 
-__all__ = ["DDPO", "DDPOConfig", "VADER", "VADERConfig", "Evaluator", "run"]
+__all__ = [
+    "DDPO",
+    "DDPOConfig",
+    "DiffusionDPO",
+    "DiffusionDPOConfig",
+    "FlowGRPO",
+    "FlowGRPOConfig",
+    "VADER",
+    "VADERConfig",
+    "Evaluator",
+    "run",
+]
 
 
 def __getattr__(name: str) -> Any:
