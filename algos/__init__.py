@@ -16,7 +16,9 @@ from algos.run import (
 if TYPE_CHECKING:
     from algos.ddpo import DDPO, DDPOConfig
     from algos.diffusion_dpo import DiffusionDPO, DiffusionDPOConfig
+    from algos.diffusion_nft import DiffusionNFT, DiffusionNFTConfig
     from algos.flow_grpo import FlowGRPO, FlowGRPOConfig
+    from algos.rwr import RWR, RWRConfig
     from algos.vader import VADER, VADERConfig
 
 _HOME = {
@@ -24,8 +26,12 @@ _HOME = {
     "DDPOConfig": "algos.ddpo",
     "DiffusionDPO": "algos.diffusion_dpo",
     "DiffusionDPOConfig": "algos.diffusion_dpo",
+    "DiffusionNFT": "algos.diffusion_nft",
+    "DiffusionNFTConfig": "algos.diffusion_nft",
     "FlowGRPO": "algos.flow_grpo",
     "FlowGRPOConfig": "algos.flow_grpo",
+    "RWR": "algos.rwr",
+    "RWRConfig": "algos.rwr",
     "VADER": "algos.vader",
     "VADERConfig": "algos.vader",
 }
@@ -35,8 +41,12 @@ __all__ = [
     "DDPOConfig",
     "DiffusionDPO",
     "DiffusionDPOConfig",
+    "DiffusionNFT",
+    "DiffusionNFTConfig",
     "FlowGRPO",
     "FlowGRPOConfig",
+    "RWR",
+    "RWRConfig",
     "VADER",
     "VADERConfig",
     "Evaluator",
