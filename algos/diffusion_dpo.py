@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from algos.losses import dpo_loss
+from algos.pairs import Pairs, count_pairs, join_pairs, mean_rows, pair_step, paired_loss, warmed_up
 from algos.preferences import Strategy, preference_pairs
 from algos.training import (
     adamw,
@@ -27,14 +27,9 @@ from algos.training import (
     check_not_negative,
     check_positive,
     num_batches,
-    optimiser_step,
     reward_metrics,
     start_stream,
 )
-
-Pairs = dict[str, Tensor]
-"""winner and loser, clean latents [P,C,F,H,W], and prompt_id [P]; on the CPU, oldest first. Empty dict: no pairs yet"""
-METRICS = ("implicit_accuracy", "margin", "winner_error_change", "loser_error_change")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,7 +125,7 @@ class DiffusionDPO:
         self.parameters = policy.trainable_parameters()
         self.optimizer = adamw(self.parameters, config)
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.buffer: Pairs = {}
+        self.buffer: Pairs = {}  # oldest first
         self.steps_taken = 0
         start_stream(env, config.seed)  # from here on the env belongs to this algorithm
 
@@ -150,18 +145,15 @@ class DiffusionDPO:
         """
         c = self.config
         sampled = [self._sample() for _ in range(self.batches)]
-        new = _join([pairs for _, pairs in sampled])
+        new = join_pairs([pairs for _, pairs in sampled])
         if not c.on_policy:
-            self.buffer = {name: value[-c.buffer_pairs :] for name, value in _join([self.buffer, new]).items()}
+            self.buffer = {name: value[-c.buffer_pairs :] for name, value in join_pairs([self.buffer, new]).items()}
         rows = [self._step(pairs) for pairs in self._deal(new)]
-        totals = {name: 0.0 for name in ("loss", *METRICS, "grad_norm")}
-        for row in rows:
-            totals = {name: total + row[name] / len(rows) for name, total in totals.items()}
         return {
             **reward_metrics(torch.cat([reward for reward, _ in sampled]), self.env.group_size),
-            "pairs_new": float(_count(new)),
-            "pairs_buffered": float(_count(self.buffer)),
-            **totals,
+            "pairs_new": float(count_pairs(new)),
+            "pairs_buffered": float(count_pairs(self.buffer)),
+            **mean_rows(rows),
             "learning_rate": self._learning_rate(max(self.steps_taken - 1, 0)),
             "optimiser_steps": float(len(rows)),
         }
@@ -190,44 +182,30 @@ class DiffusionDPO:
             return [new] if new else []
         if not self.buffer:
             return []
-        count = _count(self.buffer)
+        count = count_pairs(self.buffer)
         draws = [torch.randperm(count, generator=self.generator)[: c.pairs_per_step] for _ in range(c.optimiser_steps)]
         return [{name: value[draw] for name, value in self.buffer.items()} for draw in draws]
 
     def _step(self, pairs: Pairs) -> dict[str, float]:
         """One optimiser step; metrics are means over its pairs."""
-        c, count = self.config, _count(pairs)
-        totals = {name: 0.0 for name in ("loss", *METRICS)}
-        for start in range(0, count, c.micro_batch):
-            part = {name: value[start : start + c.micro_batch] for name, value in pairs.items()}
-            share = _count(part) / count
-            loss, metrics = self._loss(part)
-            (loss * share).backward()
-            for name, value in {"loss": loss.detach(), **metrics}.items():
-                totals[name] += share * float(value)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate(self.steps_taken)
-        norm = optimiser_step(self.optimizer, self.parameters, c.max_grad_norm)
+        row = pair_step(
+            self.optimizer,
+            self.parameters,
+            pairs,
+            self._loss,
+            micro_batch=self.config.micro_batch,
+            learning_rate=self._learning_rate(self.steps_taken),
+            max_grad_norm=self.config.max_grad_norm,
+        )
         self.steps_taken += 1
-        return {**totals, "grad_norm": float(norm)}
+        return row
 
     def _loss(self, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
-        """Of P pairs at timesteps and noise drawn anew; [2P] batches hold the winners first."""
-        mdp, device, count = self.env.mdp, self.env.device, _count(pairs)
-        clean = torch.cat([pairs["winner"], pairs["loser"]]).to(device)
-        prompts = torch.cat([pairs["prompt_id"]] * 2)
-        # One draw for both videos of a pair: their errors then differ by the videos alone.
-        noise = torch.randn(pairs["winner"].shape, generator=self.generator).to(clean).repeat(2, 1, 1, 1, 1)
-        t = mdp.schedule.sample_timesteps(count, self.generator).to(device).repeat(2)
-        noised, target = mdp.add_noise(clean, noise, t), mdp.target(clean, noise, t)
-        with torch.no_grad(), self.policy.reference():
-            reference = self.policy.predict(noised, t, prompts)
-        return dpo_loss(self.policy.predict(noised, t, prompts), reference, target, self.config.beta)
+        return paired_loss(self.env.mdp, self.policy, pairs, self.config.beta, self.generator)
 
     def _learning_rate(self, step: int) -> float:
         """Of optimiser step 0, 1, ..."""
-        warmup = self.config.warmup_steps
-        return self.config.learning_rate * (min(1.0, (step + 1) / warmup) if warmup else 1.0)
+        return warmed_up(self.config.learning_rate, step, self.config.warmup_steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Optimiser, its steps, generator, env's stream and buffer; the policy's weights are saved with the policy."""
@@ -245,9 +223,9 @@ class DiffusionDPO:
         Raises:
             ValueError: the saved buffer is larger than buffer_pairs: the state is of another configuration.
         """
-        if _count(state["buffer"]) > self.config.buffer_pairs:
+        if count_pairs(state["buffer"]) > self.config.buffer_pairs:
             raise ValueError(
-                f"the saved buffer holds {_count(state['buffer'])} pairs, more than "
+                f"the saved buffer holds {count_pairs(state['buffer'])} pairs, more than "
                 f"buffer_pairs={self.config.buffer_pairs}; continue with the buffer_pairs it was saved with"
             )
         self.optimizer.load_state_dict(state["optimizer"])
@@ -255,12 +233,3 @@ class DiffusionDPO:
         self.generator.set_state(state["generator"].cpu())
         self.env.load_state_dict(state["env"])
         self.buffer = {name: value.cpu() for name, value in state["buffer"].items()}
-
-
-def _count(pairs: Pairs) -> int:
-    return len(pairs["prompt_id"]) if pairs else 0
-
-
-def _join(parts: list[Pairs]) -> Pairs:
-    parts = [part for part in parts if part]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}

@@ -16,8 +16,9 @@ Works on every schedule. Published is flow, x0 = x_t - t v; for epsilon and v th
 outputs or estimates is the same; but for epsilon, errors at high noise are amplified by 1 / sqrt(alpha), only in part
 undone by w, and success on such models is not published.
 
-Deviations: no EMA of the evaluated weights. The published policy is sampled without guidance; with
-`policy.guidance_scale` above 1 videos are sampled with guidance and the network is still trained without.
+Deviations: no moving average of the evaluated weights (published: decay 0.9 over updates), the policy itself is
+evaluated. The published policy is sampled without guidance; with `policy.guidance_scale` above 1 videos are sampled
+with guidance and the network is still trained without.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from torch import Tensor
 
 from algos.advantages import group_advantages
 from algos.losses import nft_loss, optimality_probability
+from algos.losses.forward_process import AdvantageMode
+from algos.rollout import sample_videos
 from algos.training import (
     adamw,
     check_choice,
@@ -65,6 +68,9 @@ class DiffusionNFTConfig:
     """beta of the loss; published 1, or 0.1 for OCR and several rewards: smaller steers harder"""
     adv_clip_max: float = 5.0
     """A_max, the advantage at which a video counts as wholly good or bad"""
+    adv_mode: AdvantageMode = "all"
+    """which advantages teach: "all", "positive_only", "negative_only", "one_only" or "binary", see
+    `losses.optimality_probability`"""
     global_std: bool = True
     """advantages are divided by the std of all rewards of the update; False: of the group's"""
     reference_coefficient: float = 1e-4
@@ -87,6 +93,7 @@ class DiffusionNFTConfig:
         check_positive(self, "videos_per_update", "updates_per_rollout", "micro_batch")
         check_not_negative(self, "weight_decay", "reference_coefficient")
         check_choice(self, "decay", Decay)
+        check_choice(self, "adv_mode", AdvantageMode)
         if self.timestep_fraction > 1:
             raise ValueError(f"DiffusionNFTConfig.timestep_fraction is {self.timestep_fraction}, expected at most 1")
         if self.updates_per_rollout > self.videos_per_update:
@@ -168,12 +175,11 @@ class DiffusionNFT:
         """
         c = self.config
         with self._old_policy():
-            sampled = [self._sample() for _ in range(self.batches)]
-        clean, prompt_id, reward = (torch.cat([batch[i] for batch in sampled]) for i in range(3))
+            clean, prompt_id, reward = sample_videos(self.env, self.policy, self.batches)
         advantage = group_advantages(reward, self.env.group_size, global_std=c.global_std)
-        probability = optimality_probability(advantage, c.adv_clip_max)
+        probability = optimality_probability(advantage, c.adv_clip_max, c.adv_mode)
         timesteps = self._deal_timesteps(len(clean))
-        order = torch.randperm(len(clean), generator=self.generator).chunk(c.updates_per_rollout)
+        order = torch.randperm(len(clean), generator=self.generator).tensor_split(c.updates_per_rollout)
         rows = [self._step(clean[i], prompt_id[i], probability[i], timesteps[i]) for i in order]
         decay = old_policy_decay(self.steps_taken, c.decay)
         with torch.no_grad():
@@ -190,7 +196,11 @@ class DiffusionNFT:
 
     @contextmanager
     def _old_policy(self) -> Iterator[None]:
-        """Inside, the policy has the old weights and no graph is made; to be left before the policy's own forward."""
+        """Inside, the policy has the old weights and no graph is made.
+
+        Only the storage behind the parameters is exchanged, and put back: a graph that was made before still leads to
+        the policy's own weights. Its backward pass has to wait until this context is left.
+        """
         new = [parameter.data for parameter in self.parameters]
         with torch.no_grad():
             try:
@@ -200,14 +210,6 @@ class DiffusionNFT:
             finally:
                 for parameter, value in zip(self.parameters, new, strict=True):
                     parameter.data = value
-
-    def _sample(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Clean latents [B,C,F,H,W], prompt ids and rewards [B] of one batch, on the CPU."""
-        obs, _ = self.env.reset()
-        reward = torch.empty(0)
-        for _ in range(self.env.num_steps):
-            obs, reward, *_ = self.env.step(self.policy(obs))
-        return obs["latents"].cpu(), obs["prompt_id"].cpu(), reward.cpu()
 
     def _deal_timesteps(self, videos: int) -> Tensor:
         """Timesteps of the sampler's grid each video is trained at, in an order of its own: [videos, n]."""

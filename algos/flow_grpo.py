@@ -6,8 +6,8 @@
 Log-probabilities are means over latent elements. Videos of one prompt are compared, so no value function is needed. Any
 sampler with noise serves: the flow SDEs ("flow_grpo", "dance", "cps") and DDIM with eta > 0 are the env's choice.
 
-With a window (MixGRPO, Flow-GRPO-Fast) only `window_size` neighbouring denoising steps get noise and are trained; the
-others follow the ODE. The window is set anew for each update by the env's own noise levels.
+With a window (MixGRPO, Flow-GRPO-Fast; see `algos.sde_window`) only `window_size` neighbouring denoising steps get
+noise and are trained; the others follow the ODE. It is set anew for each update by the env's own noise levels.
 
 Deviations: no EMA of the weights, a random subset of timesteps is drawn for each optimiser step instead of each video,
 and "cps" is scored by its true density. The KL is by default the true one per element; the published form leaves out
@@ -18,163 +18,23 @@ the time step and is `kl="published"`. Before the first update r = 1 exactly; wh
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from algos import sde_window
 from algos.advantages import clip_advantages, group_advantages
+from algos.flow_grpo_config import FlowGRPOConfig
 from algos.losses import clipped_surrogate, kl_penalty
 from algos.rollout import Rollout, collect
-from algos.training import (
-    adamw,
-    check_choice,
-    check_not_negative,
-    check_positive,
-    num_batches,
-    optimiser_step,
-    reward_metrics,
-    start_stream,
-)
+from algos.training import adamw, num_batches, optimiser_step, reward_metrics, start_stream
 from vdm_env import transition
 
-Std = Literal["population", "unbiased"]
-KL = Literal["exact", "published"]
-Choice = Literal["first", "random"]
-Strategy = Literal["progressive", "random", "fixed"]
+__all__ = ["FlowGRPO", "FlowGRPOConfig", "best_and_worst"]
+
 Entry = tuple[Rollout, Tensor, Tensor, int]
 """A rollout, its advantages [B], the videos trained on (int64) and one denoising step: one unit of work."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FlowGRPOConfig:
-    """Defaults: Flow-GRPO's for Stable Diffusion 3.5 (there 48 groups of 24, two optimiser steps for each rollout)."""
-
-    learning_rate: float = 3e-4
-    """of AdamW, constant"""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """of AdamW"""
-    weight_decay: float = 1e-4
-    """of AdamW"""
-    eps: float = 1e-8
-    """of AdamW"""
-    max_grad_norm: float = 1.0
-    """L2 norm the gradient is clipped to"""
-    clip_range: float = 1e-4
-    """c, on the exponential of the difference of mean log-probabilities"""
-    adv_clip_max: float = 5.0
-    """advantages are clipped to this magnitude"""
-    std: Std = "population"
-    """estimator of the rewards' spread; DanceGRPO and MixGRPO: "unbiased" """
-    global_std: bool = True
-    """spread of the whole rollout; False: of each group"""
-    std_eps: float = 1e-4
-    """added to the spread; DanceGRPO and MixGRPO: 1e-8"""
-    filter_equal_groups: bool = True
-    """leave out groups whose rewards are all equal (advantage 0); False: they still feel the KL"""
-    best_of_n: int | None = None
-    """videos of each group that are trained on, half the best and half the worst; an even number; None: all"""
-    kl_coefficient: float = 0.04
-    """beta of the KL to the reference; 0 saves the reference's forward pass"""
-    kl: KL = "exact"
-    """"exact": KL per element; "published": Flow-GRPO's, which is -dt times that (flow models only; beta is for it)"""
-    timestep_fraction: float = 0.99
-    """fraction of the noisy steps that is trained on, rounded down, at least one; a window is trained whole"""
-    timestep_choice: Choice = "first"
-    """which these are: the "first" (0.99: all but the last), or "random" ones, drawn anew for each optimiser step"""
-    drop_last_step: bool = False
-    """without a window, never train on the grid's last step (DanceGRPO); it keeps its noise"""
-    window_size: int | None = None
-    """denoising steps with noise; None: all that the env has"""
-    window_strategy: Strategy = "progressive"
-    """the window moves on and starts again at the end, jumps to a "random" place, or stays "fixed" at window_start"""
-    window_start: int = 0
-    """first step that a window may hold"""
-    window_end: int | None = None
-    """one past the last step that a window may hold (Flow-GRPO-Fast: half of them); None: past the last noisy one"""
-    window_shift: int = 1
-    """steps that "progressive" moves on by; less than window_size makes windows overlap"""
-    window_iterations: int = 25
-    """updates at each place"""
-    shared_initial_noise: bool = False
-    """videos of a group start from the noise of its first (DanceGRPO, MixGRPO)"""
-    videos_per_rollout: int = 1152
-    """videos sampled before the policy changes; a multiple of env.num_envs"""
-    updates_per_rollout: int = 1
-    """parts the rollout's batches are dealt into, each with an optimiser step of its own; a divisor of their number"""
-    num_inner_epochs: int = 1
-    """passes over a rollout"""
-    micro_batch: int | None = None
-    """videos per backward pass, the knob for memory; None: env.num_envs"""
-    seed: int = 0
-    """of the env's stream of prompts and noise, of shuffling and of random windows"""
-
-    def __post_init__(self) -> None:
-        check_positive(self, "learning_rate", "eps", "max_grad_norm", "clip_range", "adv_clip_max", "std_eps")
-        check_positive(self, "timestep_fraction", "videos_per_rollout", "updates_per_rollout", "num_inner_epochs")
-        check_positive(self, "window_shift", "window_iterations")
-        check_not_negative(self, "weight_decay", "kl_coefficient", "window_start")
-        for name, choices in (("std", Std), ("kl", KL), ("timestep_choice", Choice), ("window_strategy", Strategy)):
-            check_choice(self, name, choices)
-        for name in ("micro_batch", "window_size", "best_of_n"):
-            if getattr(self, name) is not None:
-                check_positive(self, name)
-        if self.timestep_fraction > 1 or self.clip_range >= 1:
-            raise ValueError(
-                f"FlowGRPOConfig.timestep_fraction is {self.timestep_fraction} and clip_range {self.clip_range}, "
-                f"expected at most 1 and less than 1"
-            )
-        if self.best_of_n is not None and self.best_of_n % 2:
-            raise ValueError(
-                f"FlowGRPOConfig.best_of_n is {self.best_of_n}, expected an even number: half are a group's best "
-                f"videos and half its worst (DanceGRPO: 8); None trains on all"
-            )
-
-    @classmethod
-    def preset(cls, model: str) -> FlowGRPOConfig:
-        """Settings for a model by name; "MovingShapes" wants an env with group_size=8.
-
-        Raises:
-            ValueError: there are none for this model.
-        """
-        presets = {"MovingShapes": cls(learning_rate=5e-4, videos_per_rollout=64, kl_coefficient=0.0)}
-        if model not in presets:
-            raise ValueError(
-                f"no Flow-GRPO preset for {model!r}, only for {', '.join(presets)}; write FlowGRPOConfig(...)"
-            )
-        return presets[model]
-
-    @classmethod
-    def dance(cls, **changes: Any) -> FlowGRPOConfig:
-        """DanceGRPO's for HunyuanVideo, for an env with sampler="dance", 16 steps and group_size=24."""
-        settings = cls(
-            learning_rate=1e-5,
-            std="unbiased",
-            global_std=False,
-            std_eps=1e-8,
-            best_of_n=8,
-            kl_coefficient=0.0,
-            timestep_fraction=0.6,
-            timestep_choice="random",
-            drop_last_step=True,
-            shared_initial_noise=True,
-        )
-        return replace(settings, **changes)
-
-    @classmethod
-    def mix(cls, **changes: Any) -> FlowGRPOConfig:
-        """MixGRPO's for FLUX, for an env with sampler="flow_grpo", 25 steps and group_size=12."""
-        settings = cls(
-            learning_rate=1e-5,
-            std="unbiased",
-            global_std=False,
-            std_eps=1e-8,
-            kl_coefficient=0.0,
-            window_size=4,
-            shared_initial_noise=True,
-        )
-        return replace(settings, **changes)
 
 
 def best_and_worst(reward: Tensor, group_size: int, count: int | None) -> Tensor:
@@ -196,30 +56,6 @@ def best_and_worst(reward: Tensor, group_size: int, count: int | None) -> Tensor
     return (ends + first).flatten().sort().values
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Start:
-    """An env for `collect` that starts its episodes with the window's noise levels and, if asked, shared noise."""
-
-    env: Any
-    noise_levels: list[float] | None
-    shared_noise: bool
-
-    @property
-    def num_steps(self) -> int:
-        return self.env.num_steps
-
-    def reset(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        obs, info = self.env.reset(options=None if self.noise_levels is None else {"noise_levels": self.noise_levels})
-        if self.shared_noise:
-            size = self.env.group_size
-            obs = {**obs, "latents": obs["latents"][::size].repeat_interleave(size, dim=0)}
-            self.env.set_state(obs)
-        return obs, info
-
-    def step(self, action: Tensor) -> Any:
-        return self.env.step(action)
-
-
 class FlowGRPO:
     """Group-relative policy gradient over an env's noisy denoising steps.
 
@@ -229,8 +65,9 @@ class FlowGRPO:
         config: see `FlowGRPOConfig`.
 
     Raises:
-        ValueError: an env without noise or groups, a window outside its noisy steps, best_of_n beyond the group, a
-            published KL without a flow model, or a rollout that the env's batch does not divide as asked.
+        ValueError: an env without noise or groups, a window outside its noisy steps, best_of_n beyond the group,
+            advantage="parts" for a reward that has none, a published KL without a flow model, or a rollout that the
+            env's batch does not divide as asked.
     """
 
     def __init__(self, env: Any, policy: Any, config: FlowGRPOConfig) -> None:
@@ -251,6 +88,11 @@ class FlowGRPO:
                 f"best_of_n is {config.best_of_n}, but a group has {env.group_size} videos; set best_of_n=None, or "
                 f"make the env with group_size >= {config.best_of_n}"
             )
+        if config.advantage == "parts" and not hasattr(env.mdp.reward, "score_parts"):
+            raise ValueError(
+                f"advantage='parts' normalises each part of a reward, and {env.mdp.reward.name!r} has only one; make "
+                f"the env with reward=WeightedSum([...]), or set advantage='reward'"
+            )
         if config.kl == "published" and config.kl_coefficient and table.dt is None:
             raise ValueError(f"kl='published' is defined for flow samplers, the env has {table.name!r}; use kl='exact'")
         self.env, self.policy, self.config = env, policy, config
@@ -265,21 +107,32 @@ class FlowGRPO:
                 f"(videos_per_rollout={config.videos_per_rollout} / num_envs={env.num_envs}); set it to 1"
             )
         self.generator = torch.Generator().manual_seed(config.seed)
-        self._levels: list[float] = []
-        self._places = range(0)
-        if config.window_size is not None:
-            self._levels, self._places = self._window_levels(), self._window_places(config.window_size)
-        self.window_start, self.window_age = config.window_start, 0
-        if self._places and config.window_strategy == "random":
-            self.window_start = self._random_place()
+        self._window = self._make_window()
+        self._place = sde_window.first_place(self._window, self.generator) if self._window else None
         self.parameters = policy.trainable_parameters()
         self.optimizer = adamw(self.parameters, config)
         start_stream(env, config.seed)  # from here on the env belongs to this algorithm
         self._table = table
 
-    # ------------------------------------------------------------------ the window
+    def _make_window(self) -> sde_window.SDEWindow | None:
+        """The configured window, for this env."""
+        c, mdp, steps = self.config, self.env.mdp, self.env.num_steps
+        if c.window_size is None:
+            return None
+        mdp.make_table(self.env.config.num_steps, self.env.config.sampler, self._levels())  # refuses fixed noise
+        name = mdp.base_table.name
+        return sde_window.SDEWindow(
+            size=c.window_size,
+            places=sde_window.window_places(c.window_size, c.window_start, c.window_end, self.noisy, steps, name),
+            strategy=c.window_strategy,
+            shift=c.window_shift,
+            iterations=c.window_iterations,
+            min_iterations=c.window_min_iterations,
+            decay_after=c.window_decay_after,
+            decay_rate=c.window_decay_rate,
+        )
 
-    def _window_levels(self) -> list[float]:
+    def _levels(self) -> list[float]:
         """The env's noise level at each step."""
         level, steps = self.env.config.noise_level, self.env.num_steps
         if level is None:
@@ -287,52 +140,13 @@ class FlowGRPO:
                 f"a window needs the noise level as a number, and this env was made without; make it with "
                 f"noise_level=..., the one that {self.env.mdp.base_table.name!r} should have inside the window"
             )
-        levels = [float(level)] * steps if isinstance(level, int | float) else [float(v) for v in level]
-        self.env.mdp.make_table(self.env.config.num_steps, self.env.config.sampler, levels)  # refuses fixed noise
-        return levels
-
-    def _window_places(self, size: int) -> range:
-        """Where the window may start."""
-        first, last = self.config.window_start, self.config.window_end
-        last = self.noisy[-1] + 1 if last is None else last
-        steps = self.env.num_steps
-        if first + size > last or last > steps:
-            raise ValueError(
-                f"a window of window_size={size} has no place in steps {first}..{last - 1} of this env's 0..{steps - 1}"
-                f"; make it smaller, change window_start or window_end, or sample with more steps"
-            )
-        if silent := sorted(set(range(first, last)) - set(self.noisy)):
-            raise ValueError(
-                f"the window would reach steps {silent}, which have no noise with {self.env.mdp.base_table.name!r}; "
-                f"choose window_start and window_end within {self.noisy[0]}..{self.noisy[-1] + 1}"
-            )
-        return range(first, last - size + 1)
-
-    def _random_place(self) -> int:
-        return self._places[int(torch.randint(len(self._places), (), generator=self.generator))]
-
-    def _advance_window(self) -> None:
-        """Counts an update, and moves the window when it has had its number of them."""
-        c = self.config
-        if not self._places or c.window_strategy == "fixed":
-            return
-        self.window_age += 1
-        if self.window_age < c.window_iterations:
-            return
-        self.window_age = 0
-        if c.window_strategy == "random":
-            self.window_start = self._random_place()
-        else:
-            self.window_start += c.window_shift
-            if self.window_start not in self._places:
-                self.window_start = self._places[0]
+        return [float(level)] * steps if isinstance(level, int | float) else [float(v) for v in level]
 
     def window(self) -> list[int] | None:
         """The denoising steps with noise in the next update; None without a window."""
-        size = self.config.window_size
-        return None if size is None else list(range(self.window_start, self.window_start + size))
-
-    # ------------------------------------------------------------------ learning
+        if self._window is None or self._place is None:
+            return None
+        return sde_window.window_steps(self._window, self._place)
 
     def update(self) -> dict[str, float]:
         """Samples a rollout, learns from it and counts the window on.
@@ -348,15 +162,19 @@ class FlowGRPO:
 
         Raises:
             FloatingPointError: the gradient is not finite; this optimiser step was not taken.
+            ValueError: part_weights that are not for the parts of the env's reward; nothing was learned.
         """
         c, window = self.config, self.window()
-        levels = [v if k in window else 0.0 for k, v in enumerate(self._levels)] if window is not None else None
-        start = _Start(env=self.env, noise_levels=levels, shared_noise=c.shared_initial_noise)
-        rollouts = [collect(start, self.policy) for _ in range(self.batches)]
+        levels = None if window is None else sde_window.levels_inside(self._levels(), window)
+        shared = c.shared_initial_noise
+        rollouts = [
+            collect(self.env, self.policy, noise_levels=levels, shared_noise=shared) for _ in range(self.batches)
+        ]
         self._table = self.env.mdp.table
         reward = torch.cat([rollout.reward for rollout in rollouts])
-        advantages = self._advantages(reward).chunk(self.batches)
-        chosen = [self._chosen(rollout.reward) for rollout in rollouts]
+        advantage, differ = self._advantages(rollouts)
+        advantages = advantage.chunk(self.batches)
+        chosen = [self._chosen(r.reward, d) for r, d in zip(rollouts, differ.chunk(self.batches), strict=True)]
         seen: list[tuple[Tensor, ...]] = []
         norms = []
         for _ in range(c.num_inner_epochs):
@@ -378,24 +196,45 @@ class FlowGRPO:
             "steps_trained": float(len(steps)),
             "window_start": float(window[0] if window else 0),
         }
-        self._advance_window()
+        if self._window and self._place:
+            self._place = sde_window.next_place(self._window, self._place, self.generator)
         return metrics
 
-    def _advantages(self, reward: Tensor) -> Tensor:
+    def _normalised(self, rollouts: list[Rollout]) -> list[tuple[float, Tensor]]:
+        """What is normalised in its groups, as (weight, values [N]): the reward, or each of its parts."""
+        c = self.config
+        if c.advantage == "reward":
+            return [(1.0, torch.cat([rollout.reward for rollout in rollouts]))]
+        names = list(rollouts[0].parts)
+        weights = dict.fromkeys(names, 1.0) if c.part_weights is None else c.part_weights
+        if set(weights) != set(names):
+            raise ValueError(
+                f"part_weights are for {sorted(weights)}, the parts of the env's reward are {sorted(names)}; "
+                f"give one weight for each part (0 leaves it out)"
+            )
+        return [(weights[name], torch.cat([rollout.parts[name] for rollout in rollouts])) for name in names]
+
+    def _advantages(self, rollouts: list[Rollout]) -> tuple[Tensor, Tensor]:
+        """Advantages [N], and whether anything differs within the video's group, bool [N]."""
         c, size = self.config, self.env.group_size
-        advantage = group_advantages(reward, size, std=c.std, global_std=c.global_std, eps=c.std_eps)
-        # the mean of equal numbers is not that number to the last bit, and eps = 1e-8 would make an advantage of it
-        return clip_advantages(torch.where(self._differ(reward), advantage, 0.0), c.adv_clip_max)
+        terms = self._normalised(rollouts)
+        total = torch.zeros_like(terms[0][1])
+        differs = torch.zeros_like(total, dtype=torch.bool)
+        for weight, values in terms:
+            if not weight:
+                continue
+            advantage = group_advantages(values, size, std=c.std, global_std=c.global_std, eps=c.std_eps)
+            groups = values.reshape(-1, size)
+            differ = (groups.amax(1) > groups.amin(1)).repeat_interleave(size)
+            # the mean of equal numbers is not that number to the last bit, and eps = 1e-8 would make an advantage of it
+            total = total + weight * torch.where(differ, advantage, 0.0)
+            differs = differs | differ
+        return clip_advantages(total, c.adv_clip_max), differs
 
-    def _differ(self, reward: Tensor) -> Tensor:
-        """Bool [B]: whether rewards differ within the video's group."""
-        groups = reward.reshape(-1, self.env.group_size)
-        return (groups.amax(1) > groups.amin(1)).repeat_interleave(self.env.group_size)
-
-    def _chosen(self, reward: Tensor) -> Tensor:
+    def _chosen(self, reward: Tensor, differ: Tensor) -> Tensor:
         """Places of a batch's videos that are trained on, ascending."""
         rows = best_and_worst(reward, self.env.group_size, self.config.best_of_n)
-        return rows[self._differ(reward)[rows]] if self.config.filter_equal_groups else rows
+        return rows[differ[rows]] if self.config.filter_equal_groups else rows
 
     def _deal_steps(self, window: list[int] | None) -> list[int]:
         """The denoising steps of one optimiser step."""
@@ -427,6 +266,8 @@ class FlowGRPO:
                 if c.kl_coefficient:
                     kl = self._kl(dist, obs)
                     loss = loss + kl_penalty(kl, c.kl_coefficient)
+                if c.old_kl_coefficient:
+                    loss = loss + kl_penalty(0.5 * (log_prob - log_prob_old).square(), c.old_kl_coefficient)
                 share = loss * len(rows)
                 (share / total).backward()
                 seen.append((log_prob.detach(), log_prob_old, weight, kl.detach(), share.detach()))
@@ -459,7 +300,7 @@ class FlowGRPO:
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "env": self.env.state_dict(),
-            "window": {"start": self.window_start, "age": self.window_age},
+            "window": dict(zip(("start", "age"), self._place or (0, 0), strict=True)),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -468,13 +309,14 @@ class FlowGRPO:
         Raises:
             ValueError: the saved window has no place in this config's range; nothing was changed.
         """
-        window = state["window"]
-        if self._places and window["start"] not in self._places:
+        place = sde_window.Place(int(state["window"]["start"]), int(state["window"]["age"]))
+        if self._window and place.start not in self._window.places:
             raise ValueError(
-                f"the saved window starts at step {window['start']}, this config's starts within "
-                f"{self._places[0]}..{self._places[-1]}; continue with the window settings it was saved with"
+                f"the saved window starts at step {place.start}, this config's starts within "
+                f"{self._window.places[0]}..{self._window.places[-1]}; continue with the window settings it was saved "
+                f"with"
             )
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"].cpu())
         self.env.load_state_dict(state["env"])
-        self.window_start, self.window_age = int(window["start"]), int(window["age"])
+        self._place = place if self._window else None

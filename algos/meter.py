@@ -38,7 +38,18 @@ METRICS = (
 )
 """Metrics every row has; `null` where an algorithm does not report one. It may report others besides."""
 
-_TIMES = ("rollout_s", "decode_s", "reward_s", "update_s", "eval_s", "checkpoint_s", "setup_s", "wall_s", "device_s")
+_TIMES = (
+    "rollout_s",
+    "decode_s",
+    "reward_s",
+    "update_s",
+    "eval_s",
+    "checkpoint_s",
+    "setup_s",
+    "wall_s",
+    "device_s",
+    "cpu_s",
+)
 _MEMORY = ("peak_allocated_gib", "peak_reserved_gib", "peak_rss_gib")
 RESERVED = frozenset(("update", "nan_values", *COUNTS, *_TIMES, *_MEMORY))
 _GIB = 2**30
@@ -82,6 +93,10 @@ class Meter:
     """Seconds; replaced in tests."""
     nan_values: int = 0
     """Rewards and metrics that were NaN or infinite so far, written as null."""
+    cpu_clock: Callable[[], float] = time.process_time
+    """CPU-seconds of this process over all its threads: on a busy CPU the honest cost, beside a GPU a part of it"""
+    cpu_s: float = 0.0
+    """CPU-seconds of training so far"""
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     totals: dict[str, float] = field(default_factory=dict)
 
@@ -115,13 +130,14 @@ class Meter:
             raise ValueError(f"unknown phase {name!r}: expected one of {', '.join(PHASES)}")
         before = _snapshot(self.counters)
         self._synchronise()
-        start = self.clock()
+        start, cpu_start = self.clock(), self.cpu_clock()
         try:
             yield
         finally:
             self._synchronise()
             self.seconds[name] += self.clock() - start
             if name == "train":
+                self.cpu_s += self.cpu_clock() - cpu_start
                 for key, value in _snapshot(self.counters).items():
                     self.totals[key] += value - before[key]
 
@@ -158,6 +174,7 @@ class Meter:
             "seconds": dict(self.seconds),
             "totals": dict(self.totals),
             "nan_values": self.nan_values,
+            "cpu_s": self.cpu_s,
             "wall_s": self.wall_s,
         }
 
@@ -166,6 +183,7 @@ class Meter:
         self.seconds = dict(state["seconds"])
         self.totals = dict(state["totals"])
         self.nan_values = int(state["nan_values"])
+        self.cpu_s = float(state["cpu_s"])
         self._wall_before = float(state["wall_s"])
         self._started = self.clock()
 
@@ -182,6 +200,7 @@ class Meter:
             "setup_s": self.seconds["setup"],
             "wall_s": self.wall_s,
             "device_s": self.device_s,
+            "cpu_s": self.cpu_s,
         }
         return {name: None if value is None else round(value, 4) for name, value in times.items()}
 

@@ -1,7 +1,8 @@
-"""Episodes kept for learning: what the policy saw, did, and how likely that was."""
+"""Running an env with a policy: episodes kept step by step for learning, or only the finished videos."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +24,16 @@ class Rollout:
     """S of [B], `dist.log_prob` of the action (a mean over elements) when it was taken; 0 without noise"""
     reward: Tensor
     """[B], of the finished videos"""
+    parts: dict[str, Tensor]
+    """{name: [B]}, what the reward is made of, as in the env's info["reward_parts"]"""
     prompt_id: Tensor
     """[B] int64"""
 
 
 @torch.no_grad()
-def collect(env: Any, policy: Any) -> Rollout:
+def collect(
+    env: Any, policy: Any, *, noise_levels: Sequence[float] | None = None, shared_noise: bool = False
+) -> Rollout:
     """Runs the policy once through all denoising steps, on the next videos of the env's stream.
 
     The network runs once a step: the action is drawn from the distribution it is then scored under, with the same keyed
@@ -37,10 +42,16 @@ def collect(env: Any, policy: Any) -> Rollout:
     Args:
         env: vector env.
         policy: has `dist(obs)`.
+        noise_levels: one for each denoising step, for this run only; None: the env's own.
+        shared_noise: all videos of a group start from the noise of its first one; the noise of the steps stays theirs.
     """
-    obs, _ = env.reset()
+    obs, _ = env.reset(options=None if noise_levels is None else {"noise_levels": noise_levels})
+    if shared_noise:
+        size = env.group_size
+        obs = {**obs, "latents": obs["latents"][::size].repeat_interleave(size, dim=0)}
+        env.set_state(obs)
     observations, actions, log_probs = [], [], []
-    reward = torch.empty(0)
+    reward, info = torch.empty(0), {}
     for _ in range(env.num_steps):
         dist = policy.dist(obs)
         latents = obs["latents"]
@@ -48,12 +59,13 @@ def collect(env: Any, policy: Any) -> Rollout:
         observations.append(obs)
         actions.append(action)
         log_probs.append(dist.log_prob(action))
-        obs, reward, *_ = env.step(action)
+        obs, reward, _, _, info = env.step(action)
     return Rollout(
         observations=observations,
         actions=actions,
         log_probs=log_probs,
         reward=reward,
+        parts=info["reward_parts"],
         prompt_id=observations[0]["prompt_id"],
     )
 
@@ -62,3 +74,27 @@ def rows(rollout: Rollout, step: int, start: int, stop: int) -> tuple[dict[str, 
     """Observation, action and old log-probability of videos start..stop-1 at one denoising step."""
     obs = {name: value[start:stop] for name, value in rollout.observations[step].items()}
     return obs, rollout.actions[step][start:stop], rollout.log_probs[step][start:stop]
+
+
+@torch.no_grad()
+def sample_videos(env: Any, policy: Any, batches: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Finished videos of the env's stream, for methods that need no trajectories.
+
+    Args:
+        env: vector env.
+        policy: called as policy(obs).
+        batches: runs of the env, >= 1; N = batches * env.num_envs.
+
+    Returns:
+        Clean latents [N,C,F,H,W], prompt ids [N] int64 and rewards [N] (at least float32), on the CPU.
+    """
+    sampled = []
+    for _ in range(batches):
+        obs, _ = env.reset()
+        reward = torch.empty(0)
+        for _ in range(env.num_steps):
+            obs, reward, *_ = env.step(policy(obs))
+        # the last observation holds what was decoded
+        sampled.append((obs["latents"].cpu(), obs["prompt_id"].cpu(), reward.cpu()))
+    clean, prompt_id, rewards = (torch.cat([batch[i] for batch in sampled]) for i in range(3))
+    return clean, prompt_id, rewards.to(torch.promote_types(rewards.dtype, torch.float32))

@@ -248,6 +248,7 @@ class _Loop:
         at = {
             "update": self.update,
             "device_s": round(self.meter.device_s, 4),
+            "cpu_s": round(self.meter.cpu_s, 4),
             "reward_queries": int(self.meter.totals["reward_queries"]),
             "denoiser_forwards": int(self.meter.totals["denoiser_forwards"]),
             "denoiser_backwards": int(self.meter.totals["denoiser_backwards"]),

@@ -4,15 +4,15 @@
 
     softmax         w = exp(beta R) / Z    Lee et al. 2023 (arXiv:2302.12192), Black et al. 2023 (arXiv:2305.13301)
     sparse          w = 1[R >= C]          RWR-sparse of Black et al. 2023
-    best_of_group   w = 1[R = max of the prompt's group]    Flow-GRPO's SFT baseline (arXiv:2505.05470)
+    raw             w = R, for rewards >= 0                 Flow-GRPO's RWR baseline (arXiv:2505.05470)
+    best_of_group   w = 1[R = max of the prompt's group]    Flow-GRPO's SFT baseline, the same paper
 
 Neither gradients of the reward nor noise of the sampler are needed, and nothing is compared to a reference, so nothing
 holds the policy near it. The network is trained without guidance, videos are sampled with the policy's.
 
 Deviations: Z is of one batch of videos (published: of each prompt, estimated from samples, or left out), weights are
-scaled to mean 1 over the videos trained on, whichever rule made them, and each update samples anew. Rewards enter
-softmax and sparse weights across prompts: a prompt that always scores high is then trained on more. best_of_group does
-not have this.
+scaled to mean 1 over the videos trained on, whichever rule made them, and each update samples anew. All weights
+but best_of_group's compare rewards across prompts: a prompt that always scores high is then trained on more.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 from algos.losses import best_of_group_weights, softmax_weights, sparse_weights, weighted_regression
+from algos.losses.forward_process import raw_weights
+from algos.rollout import sample_videos
 from algos.training import (
     adamw,
     check_choice,
@@ -35,7 +37,7 @@ from algos.training import (
     start_stream,
 )
 
-Weighting = Literal["softmax", "sparse", "best_of_group"]
+Weighting = Literal["softmax", "sparse", "raw", "best_of_group"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +69,7 @@ class RWRConfig:
     num_inner_epochs: int = 1
     """passes over the videos trained on, each with new timesteps and noise"""
     videos_per_step: int = 32
-    """videos of one optimiser step, drawn without replacement from those with weight > 0"""
+    """videos of one optimiser step, drawn without replacement from those with weight > 0; a pass's last has the rest"""
     micro_batch: int = 16
     """videos per backward pass, the knob for memory"""
     seed: int = 0
@@ -136,10 +138,10 @@ class RWR:
 
         Raises:
             FloatingPointError: the gradient is not finite; this optimiser step was not taken.
+            ValueError: a negative reward with weighting="raw"; nothing was learned.
         """
         c = self.config
-        sampled = [self._sample() for _ in range(self.batches)]
-        clean, prompt_id, reward = (torch.cat([batch[i] for batch in sampled]) for i in range(3))
+        clean, prompt_id, reward = sample_videos(self.env, self.policy, self.batches)
         weight = self._weights(reward)
         kept = (weight > 0).nonzero().flatten()
         rows = []
@@ -159,20 +161,13 @@ class RWR:
             "optimiser_steps": float(len(rows)),
         }
 
-    @torch.no_grad()
-    def _sample(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Clean latents [B,C,F,H,W], prompt ids and rewards [B] of one batch, on the CPU."""
-        obs, _ = self.env.reset()
-        reward = torch.empty(0)
-        for _ in range(self.env.num_steps):
-            obs, reward, *_ = self.env.step(self.policy(obs))
-        return obs["latents"].cpu(), obs["prompt_id"].cpu(), reward.cpu()
-
     def _weights(self, reward: Tensor) -> Tensor:
         """Of all videos of the update, [B] >= 0."""
         c = self.config
         if c.weighting == "best_of_group":
             return best_of_group_weights(reward, self.env.group_size)
+        if c.weighting == "raw":
+            return raw_weights(reward)
         if c.weighting == "sparse":
             limit = c.threshold if c.threshold is not None else float(reward.quantile(c.quantile))
             return sparse_weights(reward, limit)

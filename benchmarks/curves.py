@@ -1,48 +1,55 @@
-"""Learning curves of the demo's algorithms over several seeds, on held-out prompts with fixed noise.
+"""Learning curves of any algorithm of the zoo over several seeds, on held-out prompts with fixed noise.
 
     python -m benchmarks.curves --algo vader --env-id MovingShapes-HPS --budget 60s --out runs/curves
-    python -m benchmarks.curves --algo ddpo --env-id MovingShapes-HPS --budget 30min --out runs/curves
+    python -m benchmarks.curves --algo ddpo --env-id MovingShapesUNet-HPS --updates 40 --out runs/curves
 
-The same settings as `make demo` (the algorithms' presets), more seeds, more noise seeds for each prompt, one CPU thread
-a process, so that device-seconds are CPU-seconds. Tune with `--split validation`; the default opens the test prompts.
-`curves.csv` has one row for each evaluation, `changes.csv` one for each seed: reward and gold score before and after,
-paired over prompts and noise. The same command again goes on where it was stopped: finished seeds stay, a seed that was
-broken off starts anew (so give no seed to two processes at once).
+The sampling of `make demo` (5 steps, no guidance) and the algorithms' presets, one CPU thread a process. Tune with
+`--split validation`; the default opens the test prompts. `curves.csv` has one row for each evaluation, `changes.csv`
+one for each seed: reward and gold score before and after, paired over prompts and noise; `table.csv` and `table.md` one
+for each algorithm, with 95 % intervals over seeds. The same command again goes on where it was stopped: finished seeds
+stay, a seed that was broken off starts anew (so give no seed to two processes at once).
+
+A budget in updates gives the same videos and rewards on a busy machine as on an idle one; `cpu_s` are the CPU-seconds
+of training, which other work on the machine hardly changes.
 """
 
 from __future__ import annotations
 
-import csv
-import math
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
-
-from benchmarks.aggregate import Interval, t_interval
 from benchmarks.arguments import one_line, parse
-from benchmarks.demo import ENV_ID, SetupError, train
-from benchmarks.records import GOLD, PROXY, Run, read_runs
 from benchmarks.report import write_report
+from benchmarks.tables import write_tables
+from benchmarks.training import ENV_ID, Setup, SetupError, overrides, train
 
 COMMAND = "python -m benchmarks.curves"
+QUESTION = "Does each algorithm raise the reward on prompts it never trained on, and does the gold score follow?"
+LIMITS = ("Hyper-parameters are each algorithm's preset for this model, tuned on validation prompts.",)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CurvesConfig:
     """Train one algorithm with several seeds and write its curves."""
 
-    algo: Literal["vader", "ddpo"]
-    """which algorithm"""
+    algo: str
+    """which algorithm of the zoo, such as vader or online_vpo"""
     env_id: str = ENV_ID
     """environment, such as MovingShapes-HPS"""
     seeds: tuple[int, ...] = (0, 1, 2)
     """training seeds; those whose run in `out` is done are not run again, one that was broken off starts anew"""
-    budget: str = "60s"
+    budget: str | None = None
     """device time of each run for rollout, reward and update, such as 90s or 30min"""
+    updates: int | None = None
+    """number of updates of each run, instead of a budget or beside it: whichever comes first"""
+    set: tuple[str, ...] = ()
+    """fields of the algorithm's config that differ from its preset, as name=value; {seed} stands for the seed"""
+    evals: int = 8
+    """evaluations after the first one, evenly spaced"""
     split: Literal["validation", "test"] = "test"
     """prompts of the evaluations"""
     noise_seeds: int = 8
@@ -53,71 +60,46 @@ class CurvesConfig:
     """folder of the runs and the report"""
 
 
-def pairs(run: Run, update: int, reward: str) -> dict[tuple[int, int], float]:
-    """Scores of one evaluation by (prompt, noise seed)."""
-    rows = (row for row in run.evals if row["update"] == update and row["reward"] == reward)
-    return {(row["prompt_id"], row["noise_seed"]): row["value"] for row in rows if row["value"] is not None}
-
-
-def change(run: Run, reward: str) -> dict[str, float]:
-    """First and last mean, and the paired difference with its 95 % interval over the (prompt, noise) pairs."""
-    first, last = (pairs(run, update, reward) for update in (run.updates()[0], run.updates()[-1]))
-    difference = [last[pair] - first[pair] for pair in first if pair in last]
-    interval = t_interval(difference) if difference else Interval(math.nan, math.nan, math.nan, 0)
-    return {
-        f"{reward}_before": _mean(list(first.values())),
-        f"{reward}_after": _mean(list(last.values())),
-        f"{reward}_change": interval.centre,
-        f"{reward}_low": interval.low,
-        f"{reward}_high": interval.high,
-    }
-
-
-def write_tables(out: Path) -> None:
-    """`curves.csv` and `changes.csv` of all runs in a folder that have an evaluation, with how each run ended."""
-    runs = read_runs(out)
-    names = list(dict.fromkeys(name for run in runs for name in run.rewards()))
-    curves: list[dict[str, Any]] = []
-    changes: list[dict[str, Any]] = []
-    for run in runs:
-        who = {"algo": run.algo, "env_id": run.task.get("env_id"), "seed": run.about["seed"], "status": run.status}
-        for update in run.updates():
-            row = next(row for row in run.evals if row["update"] == update)
-            means = {name: _mean(list(pairs(run, update, name).values())) for name in names}
-            at = {key: row[key] for key in ("update", "device_s", "reward_queries")}
-            curves.append({**who, **at, **{name: round(value, 5) for name, value in means.items()}})
-        scores = {k: round(v, 5) for name in (PROXY, GOLD) if name in names for k, v in change(run, name).items()}
-        changes.append({**who, "git_commit": run.about.get("git_commit"), **scores})
-    for name, rows in (("curves.csv", curves), ("changes.csv", changes)):
-        with (out / name).open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values)) if values else float("nan")
-
-
 def _command(config: CurvesConfig) -> str:
     seeds = " ".join(map(str, config.seeds))
+    ends = f"--budget {config.budget} " if config.budget else ""
+    ends += f"--updates {config.updates} " if config.updates else ""
+    ends += f"--set {shlex.join(config.set)} " if config.set else ""
     return (
-        f"{COMMAND} --algo {config.algo} --env-id {config.env_id} --seeds {seeds} --budget {config.budget} "
+        f"{COMMAND} --algo {config.algo} --env-id {config.env_id} --seeds {seeds} {ends}--evals {config.evals} "
         f"--split {config.split} --noise-seeds {config.noise_seeds} --num-threads {config.num_threads} "
         f"--out {config.out}"
     )
+
+
+def _eval_every(config: CurvesConfig) -> str | int:
+    """Updates between evaluations, or device-seconds if the budget is given in these alone."""
+    if config.updates is not None:
+        return max(1, config.updates // config.evals)
+    from algos.run import seconds
+
+    return f"{seconds(config.budget or '') / config.evals}s"
 
 
 def _check(config: CurvesConfig) -> None:
     """Refuses what can be refused without building anything.
 
     Raises:
-        ValueError: a bad duration, a number below one, or seeds that are missing, repeated or negative.
+        ValueError: an unknown algorithm, no budget, a bad duration, a number below one, or seeds that are missing,
+            repeated or negative.
     """
     from algos.run import seconds
+    from algos.zoo import entry
 
-    seconds(config.budget)
-    for name, value in (("noise-seeds", config.noise_seeds), ("num-threads", config.num_threads)):
+    entry(config.algo)
+    overrides(config.set, 0)
+    if config.budget is None and config.updates is None:
+        raise ValueError("a run needs an end: give --budget 60s (device-seconds), --updates 40, or both")
+    if config.budget is not None:
+        seconds(config.budget)
+    numbers = {"noise-seeds": config.noise_seeds, "num-threads": config.num_threads, "evals": config.evals}
+    numbers["updates"] = 1 if config.updates is None else config.updates
+    for name, value in numbers.items():
         if value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
     if not config.seeds or len(set(config.seeds)) != len(config.seeds) or min(config.seeds) < 0:
@@ -141,6 +123,13 @@ def curves(config: CurvesConfig) -> int:
         print(f"curves: {one_line(error)}", file=sys.stderr)
         return 2
     torch.set_num_threads(config.num_threads)
+    setup = Setup(
+        env_id=config.env_id,
+        split=config.split,
+        noise_seeds=range(config.noise_seeds),
+        question=QUESTION,
+        limits=LIMITS,
+    )
     try:
         for seed in config.seeds:
             folder = out / config.algo / config.env_id / f"seed_{seed}"
@@ -152,12 +141,13 @@ def curves(config: CurvesConfig) -> int:
             result = train(
                 config.algo,
                 out=out,
-                budget=config.budget,
                 seed=seed,
                 command=_command(config),
-                env_id=config.env_id,
-                split=config.split,
-                noise_seeds=range(config.noise_seeds),
+                setup=setup,
+                budget=config.budget,
+                updates=config.updates,
+                changes=overrides(config.set, seed),
+                eval_every=_eval_every(config),
                 fresh=fresh,
             )
             trained = True

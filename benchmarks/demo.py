@@ -11,31 +11,26 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.arguments import one_line, parse
 from benchmarks.records import GOLD, PROXY, read_runs
 from benchmarks.report import device_name, write_report
 from benchmarks.summary import difference, explain_unit, show, show_interval, summarise, unmeasured
+from benchmarks.training import REWARD, Setup, train
 
-ENV_ID = "MovingShapes-HPS"
-REWARD = f"{ENV_ID} (own small weights)"
-# Half the model's steps and no guidance: a quarter of the cost of a video, and room above the base model's reward.
-SAMPLING: dict[str, Any] = {"num_envs": 16, "num_steps": 5, "guidance_scale": 1.0}
-ENV_OPTIONS: dict[str, dict[str, Any]] = {
-    "vader": {**SAMPLING, "decode_frames": "random1"},  # the frame subsampling of the paper
-    "ddpo": {**SAMPLING, "group_size": 8},  # its advantages compare videos of one prompt
-}
+ALGORITHMS = ("vader", "ddpo")
 COMMAND = "python -m benchmarks.demo"
 QUESTION = (
     "With the same computing time, does reward back-propagation (VADER) or a policy gradient (DDPO) raise the reward "
     "more, and does the true preference (gold score) follow?"
 )
-_NUM_PROMPTS, _NOISE_SEEDS, _NUM_VIDEOS = 16, (0, 1), 6
+SETUP = Setup(
+    question=QUESTION,
+    limits=("Hyper-parameters are each algorithm's preset for this model; a demonstration is no tuned comparison.",),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,119 +45,6 @@ class DemoConfig:
     """training seed"""
 
 
-class SetupError(ValueError):
-    """A run that cannot be set up as asked; nothing was trained."""
-
-
-def train(
-    name: str,
-    *,
-    out: Path,
-    budget: str,
-    seed: int,
-    command: str,
-    env_id: str = ENV_ID,
-    split: str = "test",
-    noise_seeds: Sequence[int] = _NOISE_SEEDS,
-    fresh: bool = False,
-) -> Any:
-    """Trains one algorithm ("vader" or "ddpo") on train prompts and evaluates it on `split`.
-
-    Args:
-        name: the algorithm.
-        out: folder of all runs.
-        budget: device time, such as "60s".
-        seed: of the environment, the policy and the algorithm.
-        command: what repeats the run, for the record.
-        env_id: of an environment whose model the algorithm has a preset for.
-        split: prompts of the evaluations.
-        noise_seeds: videos of each prompt in an evaluation.
-        fresh: remove an earlier run of this seed first.
-
-    Returns:
-        The `algos.run.RunResult`; the run's folder is <out>/<algorithm>/<env_id>/seed_<n>.
-
-    Raises:
-        SetupError: the arguments fit no environment, preset or prompts; nothing was written.
-        Exception: whatever stopped the training, which its folder records as FAILED.
-    """
-    started = time.perf_counter()
-    import algos
-    import vdm_env
-    from algos.run import run_folder
-
-    try:
-        env, policy, algorithm, evaluator = _build(algos, vdm_env, name, env_id, seed, split, noise_seeds)
-    except ValueError as error:
-        raise SetupError(one_line(error)) from error
-    return algos.run(
-        algorithm,
-        out=run_folder(out.parent, out.name, name, env_id, seed),
-        budget=budget,
-        evaluate=evaluator,
-        seed=seed,
-        task=_task(env, env_id, command),
-        algo=name,
-        env=env,
-        policy=policy,
-        setup_s=time.perf_counter() - started,
-        fresh=fresh,
-    )
-
-
-def _build(
-    algos: Any, vdm_env: Any, name: str, env_id: str, seed: int, split: str, noise_seeds: Sequence[int]
-) -> tuple[Any, Any, Any, Any]:
-    """Environment, policy, algorithm and evaluator of a run."""
-    classes: dict[str, tuple[Any, Any]] = {
-        "vader": (algos.VADER, algos.VADERConfig),
-        "ddpo": (algos.DDPO, algos.DDPOConfig),
-    }
-    algorithm_class, config_class = classes[name]
-    env = vdm_env.make(env_id, seed=seed, **ENV_OPTIONS[name])
-    spec = env.model.spec
-    # The embedded world's models are of one size and see the same videos: the settings of one serve the others.
-    config = config_class.preset("MovingShapes" if spec.world == "moving_shapes" else spec.name)
-    policy = env.make_policy(seed=seed)
-    algorithm = algorithm_class(env, policy, replace(config, seed=seed))
-    held_out = env.derive(split=split, num_envs=16, group_size=1, decode_frames=None)
-    prompt_ids = held_out.prompt_ids(split)
-    every = max(1, len(prompt_ids) // _NUM_PROMPTS)  # spread over the split, whose neighbours resemble each other
-    evaluator = algos.Evaluator(held_out, prompt_ids[::every][:_NUM_PROMPTS], noise_seeds, num_videos=_NUM_VIDEOS)
-    return env, policy, algorithm, evaluator
-
-
-def _task(env: Any, env_id: str, command: str) -> dict[str, Any]:
-    label = f"{env_id} (own small weights)" if env.model.spec.world else env_id
-    limits = ["Hyper-parameters are each algorithm's preset for this model; a demonstration is no tuned comparison."]
-    if env.model.spec.world:
-        limits.insert(
-            0,
-            f"{label}: the video model and the reward model were trained by this package on its own synthetic world. "
-            "This is no published network such as HPSv2, and says nothing about how the algorithms rank on large "
-            "models.",
-        )
-    frames, height, width = env.mdp.num_frames, env.mdp.height, env.mdp.width
-    return {
-        "env_id": env_id,
-        "model_id": env.model.spec.name,
-        "reward_train": label,
-        "num_frames": frames,
-        "height_px": height,
-        "width_px": width,
-        "num_steps": env.num_steps,
-        "sampler": env.mdp.sampler,
-        "noise_level": env.mdp.noise_level,
-        "guidance_scale": env.config.guidance_scale,
-        "num_envs": env.num_envs,
-        "group_size": env.group_size,
-        "prompts_train_sha256": env.prompts.sha256("train"),
-        "question": QUESTION,
-        "limits": limits,
-        "command": command,
-    }
-
-
 def _clear(out: Path) -> None:
     """Removes an earlier demo's runs, and nothing else: their numbers must not enter this report.
 
@@ -170,7 +52,7 @@ def _clear(out: Path) -> None:
         ValueError: there is a run of another command; nothing is removed.
     """
     records = sorted(out.rglob("run.json"))
-    own = [record for name in ENV_OPTIONS for record in (out / name).glob("*/seed_*/run.json") if _is_demo(record)]
+    own = [record for name in ALGORITHMS for record in (out / name).glob("*/seed_*/run.json") if _is_demo(record)]
     others = [record.parent for record in records if record not in own]
     if others:
         raise ValueError(
@@ -237,9 +119,10 @@ def demo(config: DemoConfig) -> int:
         print(f"demo: {one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     try:
-        for name in ENV_OPTIONS:
+        for name in ALGORITHMS:
             print(f"{name}: setting up", flush=True)
-            if train(name, out=out, budget=config.budget, seed=config.seed, command=_command(config)).interrupted:
+            result = train(name, out=out, budget=config.budget, seed=config.seed, command=_command(config), setup=SETUP)
+            if result.interrupted:
                 code = 130
                 break
     except KeyboardInterrupt:

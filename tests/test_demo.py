@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cli, curves, demo
+import algos
+from algos.zoo import ZOO, load
+from benchmarks import cli, curves, demo, training
 from benchmarks.arguments import one_line
 from tests.test_report import PROMPTS, Page, write_run
 
@@ -27,7 +29,7 @@ class FakeTraining:
     def __call__(self, name: str, *, out: Path, seed: int, **given: Any) -> SimpleNamespace:
         self.calls.append({"name": name, "seed": seed, **given})
         ending = self.endings.get(name) or self.endings.get(f"seed_{seed}")
-        if isinstance(ending, demo.SetupError):
+        if isinstance(ending, training.SetupError):
             raise ending
         status, evaluations, end = ("DONE", 5, 60.0) if ending is None else ("INTERRUPTED", 2, 15.0)
         if isinstance(ending, Exception):
@@ -78,26 +80,26 @@ def test_an_interrupted_demo_reports_what_was_done(
 def test_wrong_usage_of_the_demo_is_one_line_and_removes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    training = use(monkeypatch, demo)
+    fake = use(monkeypatch, demo)
     kept = write_run(tmp_path, "vader")
     for run in (demo.main, lambda given: cli.main(["demo", *given])):
         assert run(["--out", str(tmp_path), "--budget", "soon"]) == 2
         said = capsys.readouterr()
         assert said.err.count("\n") == 1 and "is no duration" in said.err and not said.out
-    assert (kept / "run.json").exists() and not training.calls
+    assert (kept / "run.json").exists() and not fake.calls
 
 
 @pytest.mark.parametrize("place", [("vader", 5), ("elsewhere", 0)])
 def test_a_demo_refuses_a_folder_with_runs_of_another_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: tuple[str, int]
 ) -> None:
-    training = use(monkeypatch, demo)
+    fake = use(monkeypatch, demo)
     own = write_run(tmp_path, "vader")
     other = write_run(tmp_path, place[0], seed=place[1], task={"command": "python train.py"})
     assert demo.main(["--out", str(tmp_path)]) == 2
     said = capsys.readouterr()
     assert said.err.count("\n") == 1 and str(other) in said.err and not said.out
-    assert (own / "run.json").exists() and (other / "run.json").exists() and not training.calls
+    assert (own / "run.json").exists() and (other / "run.json").exists() and not fake.calls
 
 
 @pytest.mark.parametrize("error", [ValueError("bad\nshape"), FloatingPointError("not finite"), RuntimeError("memory")])
@@ -114,10 +116,10 @@ def test_a_failure_keeps_the_report_of_what_was_done(
 def test_a_failure_before_any_evaluation_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    training = use(monkeypatch, demo, vader=demo.SetupError("weights are damaged"))
+    fake = use(monkeypatch, demo, vader=training.SetupError("weights are damaged"))
     assert demo.main(["--out", str(tmp_path)]) == 1
     assert capsys.readouterr().err == "demo: vader stopped: weights are damaged\n"
-    assert [call["name"] for call in training.calls] == ["vader"]
+    assert [call["name"] for call in fake.calls] == ["vader"]
 
 
 def test_errors_in_one_line() -> None:
@@ -128,7 +130,7 @@ def test_errors_in_one_line() -> None:
 def run_curves(out: Path, *given: str) -> int:
     # The fakes' folders are called Task.
     return curves.main(["--algo", "vader", "--env-id", "Task", "--num-threads", f"{torch.get_num_threads()}",
-                        "--out", str(out), *given])  # fmt: skip
+                        "--budget", "60s", "--out", str(out), *given])  # fmt: skip
 
 
 def statuses(out: Path) -> dict[str, str]:
@@ -143,9 +145,9 @@ def test_curves_go_on_where_they_were_stopped(
     assert run_curves(tmp_path) == 130
     assert statuses(tmp_path) == {"0": "DONE", "1": "INTERRUPTED"} and (tmp_path / "report.html").exists()
     capsys.readouterr()
-    training = use(monkeypatch, curves)
+    fake = use(monkeypatch, curves)
     assert run_curves(tmp_path) == 0
-    assert [(call["seed"], call["fresh"]) for call in training.calls] == [(1, True), (2, False)]
+    assert [(call["seed"], call["fresh"]) for call in fake.calls] == [(1, True), (2, False)]
     said = capsys.readouterr().out.splitlines()
     assert [line for line in said if "starts again" in line] == [
         f"curves: {tmp_path / 'vader' / 'Task' / 'seed_1'} did not reach its end: this seed starts again"
@@ -158,22 +160,32 @@ def test_curves_go_on_where_they_were_stopped(
 def test_curves_that_fail_keep_what_was_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    training = use(monkeypatch, curves, seed_1=FloatingPointError("not finite"))
+    fake = use(monkeypatch, curves, seed_1=FloatingPointError("not finite"))
     assert run_curves(tmp_path) == 1
     assert capsys.readouterr().err == "curves: FloatingPointError: not finite\n"
     assert statuses(tmp_path) == {"0": "DONE", "1": "FAILED"} and (tmp_path / "report.html").exists()
-    assert [call["seed"] for call in training.calls] == [0, 1]
+    assert [call["seed"] for call in fake.calls] == [0, 1]
 
 
 @pytest.mark.parametrize(
-    "given", [("--budget", "soon"), ("--noise-seeds", "0"), ("--num-threads", "0"), ("--seeds", "1", "1")]
+    "given",
+    [
+        ("--budget", "soon"),
+        ("--noise-seeds", "0"),
+        ("--num-threads", "0"),
+        ("--evals", "0"),
+        ("--updates", "0"),
+        ("--seeds", "1", "1"),
+        ("--algo", "vadre"),
+        ("--set", "beta"),
+    ],
 )
 def test_wrong_usage_of_the_curves_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: tuple[str, ...]
 ) -> None:
-    training = use(monkeypatch, curves)
+    fake = use(monkeypatch, curves)
     assert run_curves(tmp_path / "out", *given) == 2
-    assert capsys.readouterr().err.count("\n") == 1 and not training.calls and not (tmp_path / "out").exists()
+    assert capsys.readouterr().err.count("\n") == 1 and not fake.calls and not (tmp_path / "out").exists()
 
 
 def test_an_unknown_environment_is_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,33 +203,58 @@ def fake_env(name: str, world: str | None) -> Any:
     )  # fmt: skip
 
 
+def test_curves_without_an_end_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert curves.main(["--algo", "vader", "--out", str(tmp_path / "out")]) == 2
+    assert "--updates 40" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_only_a_world_of_ones_own_is_called_that() -> None:
-    own = demo._task(fake_env("MovingShapes", "moving_shapes"), demo.ENV_ID, "c")
-    assert own["reward_train"] == demo.REWARD == "MovingShapes-HPS (own small weights)" and len(own["limits"]) == 2
-    other = demo._task(fake_env("VideoCrafter2", None), "VideoCrafter2-HPS", "c")
+    setup = training.Setup(limits=["tuned by hand"])
+    own = training.describe(fake_env("MovingShapes", "moving_shapes"), setup, "c")
+    assert own["reward_train"] == training.REWARD == "MovingShapes-HPS (own small weights)" and len(own["limits"]) == 2
+    setup = training.Setup(env_id="VideoCrafter2-HPS", limits=["tuned by hand"])
+    other = training.describe(fake_env("VideoCrafter2", None), setup, "c")
     assert (other["reward_train"], other["model_id"]) == ("VideoCrafter2-HPS", "VideoCrafter2")
-    assert "own" not in " ".join(other["limits"])
+    assert other["limits"] == ["tuned by hand"]
 
 
-@pytest.mark.parametrize("algo", ["vader", "ddpo"])
-def test_a_model_without_a_preset_is_refused_by_name_and_the_worlds_models_share_one(
+@pytest.mark.parametrize("algo", sorted(ZOO))
+def test_a_model_without_a_preset_is_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algo: str
 ) -> None:
-    import algos
     import vdm_env
 
-    given: dict[str, Any] = {"out": tmp_path, "budget": "1s", "seed": 0, "command": "c"}
     monkeypatch.setattr(vdm_env, "make", lambda *_, **__: fake_env("VideoCrafter2", None))
-    with pytest.raises(demo.SetupError, match="no .* preset for 'VideoCrafter2'"):
-        demo.train(algo, **given)
-    asked: list[str] = []
+    with pytest.raises(training.SetupError, match="no .* preset for 'VideoCrafter2'"):
+        training.train(algo, out=tmp_path, seed=0, command="c", setup=training.Setup(), budget="1s")
+    assert not list(tmp_path.iterdir())
 
-    def preset(model: str) -> Any:
-        asked.append(model)
-        raise ValueError("far enough")
 
-    monkeypatch.setattr(getattr(algos, f"{algo.upper()}Config"), "preset", preset)
-    monkeypatch.setattr(vdm_env, "make", lambda *_, **__: fake_env("MovingShapesUNet", "moving_shapes"))
-    with pytest.raises(demo.SetupError, match="far enough"):
-        demo.train(algo, **given)
-    assert asked == ["MovingShapes"]
+@pytest.mark.parametrize("algo", sorted(ZOO))
+@pytest.mark.parametrize("model", ["MovingShapes", "MovingShapesUNet"])
+def test_every_algorithm_of_the_zoo_has_presets_for_the_embedded_models_and_trains_with_them(
+    algo: str, model: str
+) -> None:
+    setup = training.Setup(env_id=f"{model}-HPS", noise_seeds=[0])
+    env, policy, algorithm, evaluator = training.build(algo, setup, seed=3, changes={})
+    assert algorithm.config.seed == 3 and algorithm.env is env and len(evaluator.prompt_ids) == 16
+    assert env.num_steps == training.SAMPLING["num_steps"] and policy.guidance_scale == 1.0
+
+
+def test_fields_of_a_config_from_the_command_line() -> None:
+    given = ["learning_rate=1e-3", "pairs=all_pairs", "folder=runs/{seed}=x", "betas=(0.9, 0.99)"]
+    found = training.overrides(given, seed=4)
+    assert found == {"learning_rate": 1e-3, "pairs": "all_pairs", "folder": "runs/4=x", "betas": (0.9, 0.99)}
+    with pytest.raises(ValueError, match="no field 'beta'; it has .*learning_rate"):
+        training.build("vader", training.Setup(), seed=0, changes={"beta": 1})
+
+
+def test_names_of_the_zoo() -> None:
+    with pytest.raises(ValueError, match="did you mean 'vader'"):
+        load("vadre")
+    for name, entry in ZOO.items():
+        algorithm, config = load(name)
+        assert (algorithm.__name__, config.__name__) == (entry.algorithm, f"{entry.algorithm}Config")
+        assert getattr(algos, entry.algorithm) is algorithm and entry.algorithm in dir(algos)
+    with pytest.raises(AttributeError, match="VADER"):
+        _ = algos.NoSuchAlgorithm

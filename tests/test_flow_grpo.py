@@ -13,6 +13,8 @@ from algos import FlowGRPO, FlowGRPOConfig
 from algos.checkpoint import load_checkpoint, save_checkpoint
 from algos.flow_grpo import best_and_worst
 from algos.losses import clipped_surrogate
+from algos.rollout import collect
+from vdm_env.rewards.combine import Part, WeightedSum
 from vdm_env.worlds.gaussian import final_law, optimal_means
 
 
@@ -205,6 +207,114 @@ def test_the_gradient_is_that_of_the_loss_over_all_pairs():
     assert torch.allclose(recorder.gradients[0][0], expected, rtol=1e-4, atol=1e-7)
 
 
+def by_column(values):
+    return lambda video, prompts: torch.tensor(values)
+
+
+def two_rewards(first, second, **weights):
+    parts = []
+    for name, values in (("first", first), ("second", second)):
+        reward = by_column(values)
+        reward.name, reward.differentiable, reward.frames, reward.range = name, False, "all", (-math.inf, math.inf)
+        parts.append(Part(reward=reward, weight=weights.get(name, 1.0)))
+    return WeightedSum(parts)
+
+
+def test_parts_of_the_reward_can_be_normalised_each_by_itself():
+    """In units of its own spread a part of 0.01 counts as much as one of 100 (here: unbiased std, by hand)."""
+    first, second = [0.0, 0.01, 0.02, 0.01], [100.0, 100.0, 100.0, 500.0]
+    reward = two_rewards(first * 2, second + [7.0] * 4)
+    env = gaussian_env("flow", reward=reward, num_envs=8)
+    options = {"videos_per_rollout": 8, "std": "unbiased", "global_std": False, "std_eps": 1e-8, "advantage": "parts"}
+    grpo = grpo_on(env, full_policy(env), **options)
+    rollout = collect(env, grpo.policy)
+    assert rollout.parts["first"].tolist() == pytest.approx(first * 2)
+    a = 0.01 / math.sqrt(2e-4 / 3)  # std of 0, 1, 2, 1 hundredths
+    b, c = -100 / 200, 300 / 200  # std of 100, 100, 100, 500
+    advantage, differ = grpo._advantages([rollout])
+    # in the second group the second part is all equal and says nothing
+    assert advantage.tolist() == pytest.approx([b - a, b, b + a, c, -a, 0, a, 0], rel=1e-4)
+    assert differ.all()
+    grpo = grpo_on(env, full_policy(env), part_weights={"first": 0.5, "second": 0.0}, **options)
+    advantage, _ = grpo._advantages([rollout])
+    assert advantage.tolist() == pytest.approx([-a / 2, 0, a / 2, 0] * 2, rel=1e-4)
+    metrics = grpo.update()
+    assert metrics["videos_trained"] == 8 and metrics["grad_norm"] > 0
+
+
+def test_a_group_is_left_out_if_no_part_that_counts_differs():
+    env = gaussian_env("flow", reward=two_rewards([1.0] * 8, [3.0, 4.0] * 2 + [3.0] * 4), num_envs=8)
+    options = {"videos_per_rollout": 8, "advantage": "parts"}
+    assert grpo_on(env, full_policy(env), **options).update()["videos_trained"] == 4
+    nothing = grpo_on(env, full_policy(env), part_weights={"first": 1.0, "second": 0.0}, **options).update()
+    assert nothing["videos_trained"] == nothing["optimiser_steps"] == 0
+
+
+def test_parts_are_refused_where_there_are_none():
+    env = gaussian_env("flow")
+    with pytest.raises(ValueError, match="'Target' has only one.*WeightedSum"):
+        grpo_on(env, full_policy(env), advantage="parts")
+    env = gaussian_env("flow", reward=two_rewards([1.0] * 16, [2.0] * 16))
+    policy = full_policy(env)
+    with pytest.raises(ValueError, match=r"part_weights are for \['frist'\].*\['first', 'second'\]"):
+        grpo_on(env, policy, advantage="parts", part_weights={"frist": 1.0}).update()
+    with pytest.raises(ValueError, match="part_weights has no effect with advantage='reward'"):
+        FlowGRPOConfig(part_weights={"first": 1.0})
+
+
+def test_the_pull_to_the_policy_that_sampled_acts_from_the_second_step_on():
+    def updates(coefficient):
+        env = gaussian_env("flow")
+        policy = full_policy(env)
+        options = {"num_inner_epochs": 2, "kl_coefficient": 0.0, "videos_per_rollout": 16, "clip_range": 0.5}
+        grpo = grpo_on(env, policy, old_kl_coefficient=coefficient, **options)
+        recorder = Recorder(grpo)
+        step, moved = recorder.step, []
+
+        def move():  # a step of a known size instead of the optimiser's
+            step()
+            with torch.no_grad():
+                policy.trainable_parameters()[0].add_(0.05)
+            moved.append(True)
+
+        recorder.step = move
+        return grpo.update(), [g[0] for g in recorder.gradients]
+
+    (plain, (first, second)), (pulled, (first_pulled, second_pulled)) = updates(0.0), updates(100.0)
+    assert torch.equal(first, first_pulled) and not torch.allclose(second, second_pulled, rtol=1e-2)
+    # over all pairs of both passes: 0.5 mean (log r)^2, and only the second pass has any
+    elements = 3 * 2 * 2 * 2
+    penalty = pulled["kl_old_nats"] / elements**2 / pulled["steps_trained"]
+    assert penalty > 0 and pulled["loss"] - plain["loss"] == pytest.approx(100 * penalty, rel=1e-3)
+
+
+def test_fast_trains_two_steps_of_the_first_half():
+    env = gaussian_env("flow", sampler="cps", noise_level=0.8, num_steps=10)
+    policy = Watcher(full_policy(env))
+    grpo = grpo_on(env, policy)
+    fast = FlowGRPO(env, policy, FlowGRPOConfig.fast(videos_per_rollout=16, seed=1))
+    assert (fast.config.clip_range, fast.config.kl_coefficient) == (1e-5, 0.0)
+    places = set()
+    for _ in range(12):
+        policy.noisy, policy.trained = set(), []
+        start = fast.update()["window_start"]
+        assert policy.noisy == {k for _, k in policy.trained} == {start, start + 1}
+        places.add(start)
+    assert places <= {0, 1, 2, 3} and len(places) > 2 and grpo.window() is None
+
+
+@pytest.mark.parametrize("strategy", ["decay", "exp_decay"])
+def test_windows_stay_shorter_at_later_places(strategy):
+    env = gaussian_env("flow")
+    options = {"window_size": 2, "window_strategy": strategy, "window_iterations": 4, "window_decay_rate": 0.7}
+    grpo = grpo_on(env, full_policy(env), window_decay_after=1, videos_per_rollout=16, **options)
+    places = [grpo.update()["window_start"] for _ in range(13)]
+    # decay: 4, 3, 2, 1 updates; exp_decay: 4, 4, ceil(4 e^-0.7) = 2, ceil(4 e^-1.4) = 1
+    counts = {"decay": (4, 3, 2, 1), "exp_decay": (4, 4, 2, 1)}[strategy]
+    expected = [place for place, count in enumerate(counts) for _ in range(count)] + [0] * 3
+    assert places == expected[:13]
+
+
 def test_a_group_can_share_its_initial_noise():
     for shared in (False, True):
         env = gaussian_env("flow")
@@ -222,6 +332,7 @@ SETTINGS = {
     "plain": {},
     "random": {"window_size": 2, "window_strategy": "random", "window_iterations": 2},
     "progressive": {"window_size": 2, "window_iterations": 2, "best_of_n": 2},
+    "decay": {"window_size": 2, "window_strategy": "decay", "window_iterations": 3},
     "subset": {"timestep_choice": "random", "timestep_fraction": 0.6, "updates_per_rollout": 2},
 }
 
@@ -292,8 +403,13 @@ def test_refusals():
     [
         ({"best_of_n": 3}, "best_of_n is 3, expected an even number"),
         ({"kl": "k3"}, "kl is 'k3', expected one of exact, published"),
-        ({"window_strategy": "decay"}, "window_strategy is 'decay'"),
+        ({"window_strategy": "jump"}, "window_strategy is 'jump', expected one of progressive, decay"),
         ({"window_size": 0}, "window_size is 0"),
+        (
+            {"window_strategy": "decay", "window_min_iterations": 30},
+            "window_min_iterations is 30.*window_iterations=25",
+        ),
+        ({"advantage": "total"}, "advantage is 'total', expected one of reward, parts"),
         ({"timestep_fraction": 1.5}, "timestep_fraction is 1.5 .*at most 1"),
         ({"clip_range": math.nan}, "clip_range is nan"),
     ],

@@ -12,6 +12,7 @@ from torch import nn
 
 import vdm_env
 from algos.ddpo import DDPO, DDPOConfig
+from algos.flow_grpo import FlowGRPO, FlowGRPOConfig
 from algos.vader import VADER, VADERConfig
 from vdm_env import noise
 from vdm_env.worlds.gaussian import PIXEL_RANGE, VP_SCHEDULE, TargetReward, final_law, gaussian_model
@@ -53,6 +54,36 @@ def test_ddpo_gradient_is_that_of_the_expected_reward(schedule, reward, exact):
     elements = math.prod(env.mdp.latent_shape)
     slope, spread = exact(final_law(env.model, env.mdp.table), mean[0], elements)
     expected = -slope / spread / elements / len(ddpo.steps)
+    error = gradients.std(0) / math.sqrt(len(gradients))
+    assert (error < 0.2 * expected.abs().max()).all(), "too few samples for the test to mean anything"
+    assert ((gradients.mean(0) - expected).abs() < 4 * error).all(), (gradients.mean(0), expected, error)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "reward", "exact"),
+    [("flow", linear, linear_law), ("epsilon", TargetReward(1.0), quadratic_law)],
+)
+def test_flow_grpo_gradient_is_that_of_the_expected_reward(schedule, reward, exact):
+    """As DDPO's, but for a factor 1 - 1/G: a video's own reward is in the group mean it is compared to."""
+    mean = torch.tensor([[0.2, -0.3, 0.6]], dtype=torch.float64)
+    env = gaussian_env(schedule, means=mean, reward=reward, dtype=torch.float64, num_envs=512, group_size=2)
+    config = FlowGRPOConfig(
+        videos_per_rollout=1024,
+        kl_coefficient=0.0,
+        timestep_fraction=1.0,
+        std_eps=1e-12,
+        adv_clip_max=1e9,
+        max_grad_norm=1e9,
+        seed=3,
+    )
+    grpo = FlowGRPO(env, full_policy(env), config)
+    recorder = Recorder(grpo)
+    for _ in range(8):
+        grpo.update()
+    gradients = torch.stack([g.squeeze(1) for (g,) in recorder.gradients])
+    elements = math.prod(env.mdp.latent_shape)
+    slope, spread = exact(final_law(env.model, env.mdp.table), mean[0], elements)
+    expected = -slope / spread / elements / len(grpo.noisy) * (1 - 1 / 2)
     error = gradients.std(0) / math.sqrt(len(gradients))
     assert (error < 0.2 * expected.abs().max()).all(), "too few samples for the test to mean anything"
     assert ((gradients.mean(0) - expected).abs() < 4 * error).all(), (gradients.mean(0), expected, error)

@@ -96,6 +96,123 @@ def test_a_reference_or_another_policy_between_forward_and_backward_changes_no_g
     assert any(g.any() for g in expected)
 
 
+@pytest.mark.parametrize("rank", [2, 0])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_the_reference_is_the_policy_of_its_latest_refresh_until_it_is_reset(kind, rank):
+    env = tiny_env(kind)
+    obs, _ = env.reset(seed=0)
+    policy, other = env.make_policy(lora_rank=rank), nudge(env.make_policy(lora_rank=2), 0.1)
+    base, others = policy.mean(obs), other.mean(obs)
+
+    def of_reference():
+        other.mean(obs)  # another policy on the network was the last to be called
+        with policy.reference():
+            return policy.mean(obs)
+
+    seen = []
+    for size in (0.05, -0.02):
+        seen.append(nudge(policy, size).mean(obs))
+        assert torch.equal(of_reference(), base if len(seen) == 1 else seen[-2])  # training leaves it alone
+        with policy.reference():
+            policy.refresh_reference()  # takes the policy's weights, also from in here
+        assert torch.equal(of_reference(), seen[-1]) and torch.equal(policy.mean(obs), seen[-1])
+    nudge(policy)
+    assert torch.equal(of_reference(), seen[-1]) and not torch.allclose(seen[-1], seen[-2])
+    assert not torch.equal(policy.mean(obs), seen[-1]) and torch.equal(other.mean(obs), others)
+    with other.reference():
+        assert torch.equal(other.mean(obs), base)
+    policy.reset_reference()
+    assert torch.equal(of_reference(), base)
+
+
+def test_a_snapshot_costs_the_trained_weights_alone_and_cannot_be_trained():
+    env = tiny_env()
+    policy = nudge(env.make_policy(lora_rank=2))
+    before = {name: id(parameter) for name, parameter in env.model.denoiser.named_parameters()}
+    policy.refresh_reference()
+    assert {name: id(parameter) for name, parameter in env.model.denoiser.named_parameters()} == before
+    state = policy.reference_state_dict()
+    trained = policy.lora_state_dict()
+    assert state.keys() == trained.keys() and all(torch.equal(state[name], trained[name]) for name in state)
+    obs, _ = env.reset(seed=0)
+    latents = obs["latents"].clone().requires_grad_()
+    with policy.reference():
+        policy.mean({**obs, "latents": latents}).square().sum().backward()
+    assert latents.grad.any()  # a graph may be made through it, but it ends at no weight
+    assert all(parameter.grad is None for parameter in env.model.denoiser.parameters())
+
+
+@pytest.mark.parametrize("rank", [2, 0])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_refreshed_reference_between_forward_and_backward_changes_no_gradient(rank, checkpointing):
+    env = tiny_env()
+    policy = nudge(env.make_policy(lora_rank=rank))
+    obs, _ = env.reset(seed=0)
+    expected = gradients(policy, policy.mean(obs).square().mean())
+    policy.gradient_checkpointing = checkpointing
+    nudge(policy, -0.02).refresh_reference()
+    nudge(policy, 0.02)
+    for between in (policy.refresh_reference, policy.reset_reference, lambda: None):
+        loss = policy.mean(obs).square().mean()
+        with torch.no_grad(), policy.reference():
+            policy.mean(obs)
+        between()
+        with torch.no_grad(), policy.reference():
+            policy.mean(obs)
+        loss.backward()  # not autograd.grad, which asks no leaf whether it is frozen
+        for parameter, wanted in zip(policy.trainable_parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter.grad, wanted, rtol=1e-3, atol=1e-5)
+            parameter.grad = None
+    assert any(g.any() for g in expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_reference_and_policy_in_one_graph(checkpointing):
+    """The distance to a refreshed reference, with the reference's forward last: the graph is the policy's alone."""
+    env = tiny_env()
+    policy = nudge(env.make_policy(lora_rank=2))
+    policy.refresh_reference()
+    nudge(policy)
+    policy.gradient_checkpointing = checkpointing
+    obs, _ = env.reset(seed=0)
+    with torch.no_grad(), policy.reference():
+        constant = policy.mean(obs)
+    expected = gradients(policy, (policy.mean(obs) - constant).square().mean())
+    output = policy.mean(obs)
+    with policy.reference():
+        reference = policy.mean(obs)
+    found = gradients(policy, (output - reference).square().mean())
+    assert any(g.any() for g in expected) and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("rank", [2, 0])
+@torch.no_grad()
+def test_the_reference_goes_over_into_another_policy(rank):
+    env = tiny_env()
+    policy = env.make_policy(lora_rank=rank)
+    assert policy.reference_state_dict() == {}
+    nudge(policy).refresh_reference()
+    state = policy.reference_state_dict()
+    obs, _ = env.reset(seed=0)
+    expected = policy.mean(obs)
+    other = nudge(env.make_policy(lora_rank=rank), 0.2)
+    other.load_reference_state_dict(state)
+    changed = nudge(policy).mean(obs)  # neither the state nor the other policy hangs on this one's weights
+    for value in state.values():
+        value.zero_()
+    for owner in (other, policy):
+        with owner.reference():
+            assert torch.equal(owner.mean(obs), expected) and not torch.equal(changed, expected)
+    smaller = dict(list(state.items())[1:])
+    with pytest.raises(CorruptWeightsError, match="differ"):
+        other.load_reference_state_dict(smaller)
+    with other.reference():
+        assert torch.equal(other.mean(obs), expected)
+    other.load_reference_state_dict({})
+    assert other.reference_state_dict() == {}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_checkpointing_gives_equal_gradients(kind):
     env = tiny_env(kind)

@@ -29,7 +29,7 @@ from vdm_env.rewards.clip import ClipReward
 from vdm_env.rewards.preprocess import PRESETS, clip_hf, hpsv2_pad, preset, vader_squash
 
 PROMPTS = ["a red circle moving left", "a green cross moving up", "a white square moving right"]
-FOLLOWS_PROMPT = {"HPS", "HPSv2", "HPSv2.1", "PickScore", "CLIP", "Action"}
+FOLLOWS_PROMPT = {"HPS", "HPSv2", "HPSv2.1", "PickScore", "CLIP", "Action", "ViCLIP", "ImageReward"}
 
 
 def build(name: str, **changes: Any) -> Any:

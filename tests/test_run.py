@@ -287,7 +287,7 @@ def test_a_run_in_updates_writes_the_whole_record(tmp_path: Path) -> None:
     evals = rows(out / "eval.jsonl")
     assert sorted({row["update"] for row in evals}) == [0, 2, 4, 5]
     assert set(evals[0]) == {
-        "update", "device_s", "reward_queries", "denoiser_forwards", "denoiser_backwards", "split", "reward",
+        "update", "device_s", "cpu_s", "reward_queries", "denoiser_forwards", "denoiser_backwards", "split", "reward",
         "prompt_id", "noise_seed", "value",
     }  # fmt: skip
     first = [row for row in evals if row["update"] == 0]

@@ -155,7 +155,7 @@ def _check_network(
     device, batch = next(model.denoiser.parameters()).device, len(prompts)
     x = torch.randn(batch, *shape, generator=generator_for(1)).to(device)
     t = timesteps[torch.arange(batch) % len(timesteps)].float().to(device)
-    condition = model.encode_prompts(prompts)
+    condition = _conditions(model, prompts)
     empty = model.encode_prompts([""] * batch)
     for key, value in condition.items():
         expect(len(value) == batch, f"{name}: condition {key!r} has {len(value)} rows for {batch} prompts")
@@ -182,6 +182,17 @@ def _check_network(
     expect(
         model.predict(leaf, t, condition).requires_grad, f"{name}: predict cuts the graph; remove no_grad and detach"
     )
+
+
+def _conditions(model: Any, prompts: list[str]) -> dict[str, Tensor]:
+    """Of the prompts, or of as many random images for a model that animates images."""
+    spec = model.spec
+    if spec.conditioned_on == "text":
+        return model.encode_prompts(prompts)
+    expect(hasattr(model, "encode_images"), f"model {spec.name!r} is conditioned on images but has no encode_images")
+    images = torch.rand(len(prompts), 3, spec.height, spec.width, generator=generator_for(3))
+    with torch.no_grad():
+        return model.encode_images(list(images), None)
 
 
 def _check_codec(model: VideoModel, name: str, shape: tuple[int, ...], tolerance: float) -> None:

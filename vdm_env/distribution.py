@@ -18,8 +18,9 @@ class MeanNormal(torch.distributions.Distribution):
 
     Args:
         loc: [B, ...] mean.
-        scale: [B] standard deviation of each video's step (or broadcastable to loc); 0 where the step has no noise:
-            there `log_prob` is 0 and a sample is the mean.
+        scale: [B] standard deviation of each video's step, or broadcastable to loc; 0 where there is no noise: a sample
+            is the mean there. `log_prob` of a video without any noise is 0; where only some elements have none (frames
+            that are held), means are over the others.
     """
 
     arg_constraints: dict[str, Any] = {}
@@ -60,7 +61,7 @@ class MeanNormal(torch.distributions.Distribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """[B], mean over all non-batch elements."""
-        return self._log_density(value).flatten(1).mean(1)
+        return self._mean(self._log_density(value))
 
     def log_prob_sum(self, value: Tensor) -> Tensor:
         """[B] float64, nats."""
@@ -70,14 +71,20 @@ class MeanNormal(torch.distributions.Distribution):
         """KL(self || other) [B] for equal scales: nats ("sum", float64) or per element ("mean"); 0 without noise."""
         noisy = self.scale > 0
         scale = torch.where(noisy, self.scale, torch.ones_like(self.scale))
-        per_element = torch.where(
-            noisy, 0.5 * ((self.loc - other.loc) / scale).square(), torch.zeros_like(self.loc)
-        ).flatten(1)
-        return per_element.double().sum(1) if reduction == "sum" else per_element.mean(1)
+        per_element = torch.where(noisy, 0.5 * ((self.loc - other.loc) / scale).square(), torch.zeros_like(self.loc))
+        return per_element.flatten(1).double().sum(1) if reduction == "sum" else self._mean(per_element)
 
     def entropy(self) -> Tensor:
         """[B], mean over elements; 0 without noise."""
         scale = self.scale.expand_as(self.loc)
         safe = torch.where(scale > 0, scale, torch.ones_like(scale))
         per_element = torch.where(scale > 0, safe.log() + 0.5 * math.log(2 * math.pi * math.e), torch.zeros_like(scale))
-        return per_element.flatten(1).mean(1)
+        return self._mean(per_element)
+
+    def _mean(self, per_element: Tensor) -> Tensor:
+        """[B], over the elements with noise; others are 0 already."""
+        flat = per_element.flatten(1)
+        if self.scale.numel() == len(self.loc):
+            return flat.mean(1)
+        noisy = (self.scale > 0).expand_as(self.loc).flatten(1).sum(1)
+        return flat.sum(1) / noisy.clamp_min(1)

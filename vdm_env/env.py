@@ -23,7 +23,7 @@ see `vdm_env.make`. Version history: v0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from numbers import Integral
 from typing import Any
@@ -63,19 +63,7 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
             raise ValueError(f"render_mode={render_mode!r}: expected one of {self.metadata['render_modes']}, or None")
         self.config = config
         self.render_mode = render_mode
-        self.mdp = DenoisingMDP(
-            config.model,
-            config.reward,
-            config.prompts,
-            num_steps=config.num_steps,
-            sampler=config.sampler,
-            noise_level=config.noise_level,
-            size=config.size,
-            decode_frames=config.decode_frames,
-            device=config.device,
-            dtype=config.dtype,
-            gold=config.gold,
-        )
+        self.mdp = self._make_mdp(config)
         self.num_envs, self.group_size, self.split = config.num_envs, config.group_size, config.split
         config.prompts.ids(config.split)  # an unknown or empty split is refused here
         self.model, self.prompts, self.device = config.model, config.prompts, self.mdp.device
@@ -88,6 +76,21 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
         self._clean = torch.empty(0)
         self._unrendered: tuple[Tensor, Tensor, Tensor] | None = None
         self._rollout_started: float | None = None
+
+    def _make_mdp(self, config: EnvConfig, kind: Callable[..., DenoisingMDP] = DenoisingMDP) -> DenoisingMDP:
+        return kind(
+            config.model,
+            config.reward,
+            config.prompts,
+            num_steps=config.num_steps,
+            sampler=config.sampler,
+            noise_level=config.noise_level,
+            size=config.size,
+            decode_frames=config.decode_frames,
+            device=config.device,
+            dtype=config.dtype,
+            gold=config.gold,
+        )
 
     @property
     def num_steps(self) -> int:
@@ -107,6 +110,7 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
                 batch).
             options: any of
                 prompts / prompt_ids: texts or numbers, one for each group or one for each env;
+                images: of a model that animates images, likewise (prompts are then their texts); image: one for all;
                 latents: [B,C,F,H,W] to start from instead of noise; step: where on the grid, an int or [B];
                 noise_levels: one number for each denoising step, for these episodes only;
                 reset_mask: [B] bool, which envs to reset (whole groups); the others go on untouched.
@@ -122,7 +126,7 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
         if isinstance(seed, str | float):
             raise TypeError(f"seed={seed!r}: expected an int, or a list of {self.num_envs} ints")
         options = dict(options or {})
-        check_options(options, self.config.id)
+        check_options(options, self.config.id, self.prompts)
         mask = reset_mask(options.get("reset_mask"), self.num_envs, self.group_size, first=self._latents is None)
         # Everything is prepared before anything changes: a refused reset loses no episode and no place in the stream.
         stream = Stream(seed=int(seed)) if isinstance(seed, Integral) else replace(self._stream)
@@ -153,7 +157,11 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
             self._step = torch.where(mask.to(self.device), step, self._step)
             self._prompt_ids = torch.where(mask, prompt_ids, self._prompt_ids)
             self._video_seeds = torch.where(mask, video_seeds, self._video_seeds)
+        self._restarted(mask)
         return self._observation(), {}
+
+    def _restarted(self, mask: Tensor) -> None:
+        """Called with the envs [B] bool whose state was set, and did not come from a step; for environments on top."""
 
     def _table(self, noise_levels: Any, everyone: bool) -> TransitionTable:
         """The table that holds after a reset with these noise levels."""
@@ -256,7 +264,10 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
             "prompt_id": self._prompt_ids.to(self.device, copy=True),
             "video_seed": self._video_seeds.to(self.device, copy=True),
         }
-        return obs | self.mdp.condition(self._prompt_ids) if self.config.observe_embedding else obs
+        return obs | self._observed_condition(obs) if self.config.observe_embedding else obs
+
+    def _observed_condition(self, obs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.mdp.condition_of(obs)
 
     def set_state(self, obs: Mapping[str, Tensor]) -> None:
         """Puts every env where an observation stands: its latents (with their graph), step, prompt and video seed.
@@ -267,6 +278,7 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
         self._clean, self._unrendered = self._latents.detach(), None
         self._step = obs["step"].to(self.device)
         self._prompt_ids, self._video_seeds = obs["prompt_id"].cpu(), obs["video_seed"].cpu()
+        self._restarted(torch.ones(self.num_envs, dtype=torch.bool))
 
     # ------------------------------------------------------------------ the rest
 
@@ -323,9 +335,7 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
 
             wanted = changes["reward"]
             assert self.config.context is not None  # make always gives one
-            changes["reward"] = build_reward(
-                {wanted: 1.0} if isinstance(wanted, str) else wanted, self.config.context
-            )
+            changes["reward"] = build_reward({wanted: 1.0} if isinstance(wanted, str) else wanted, self.config.context)
         if "reward" in changes:
             changes["reward"] = as_reward(changes["reward"])
         if "size" in changes and hasattr(self.model, "with_size"):

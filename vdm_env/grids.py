@@ -134,6 +134,36 @@ def flow_sigmas_double_shift(num_steps: int, shift: float, num_train_timesteps: 
     return torch.cat([inner, inner.new_zeros(1)])
 
 
+def stretch_to_terminal(sigmas: Tensor, terminal: float) -> Tensor:
+    """Stretch a flow grid [S+1] linearly from 1 so that its last sigma before the final 0 is `terminal` (LTX-Video)."""
+    if not 0 < terminal < 1:
+        raise ValueError(f"terminal must be in (0, 1), got {terminal}")
+    inner = 1 - sigmas[:-1]
+    if not float(inner[-1]) > 0:
+        raise ValueError("a grid of one step starts at 1 and cannot end elsewhere; ask for at least 2 steps")
+    return torch.cat([1 - inner * ((1 - terminal) / inner[-1]), sigmas[-1:]])
+
+
+def linear_quadratic_sigmas(num_steps: int, threshold: float = 0.025) -> Tensor:
+    """Mochi's grid [S+1]: 1 - sigma rises linearly to `threshold` in the first half of the steps, then quadratically.
+
+    With L = S // 2, 1 - sigma_i = threshold i / L, plus (i - L)^2 (1 - threshold S / L) / (S - L)^2 for i > L: value
+    and slope are continuous, and the end is exactly 0 (github.com/genmoai/models, commit 075b6e3).
+    """
+    _check_steps(num_steps)
+    half = num_steps // 2
+    if half < 1 or not 0 < threshold * num_steps < half:
+        raise ValueError(
+            f"a linear-quadratic grid needs at least 2 steps and 0 < threshold < 0.5 or so, got {num_steps} steps and "
+            f"threshold {threshold}"
+        )
+    i = torch.arange(num_steps + 1, dtype=torch.float64)
+    bend = (1 - threshold * num_steps / half) / (num_steps - half) ** 2
+    clean = threshold * i / half + (i - half).clamp_min(0).square() * bend
+    clean[-1] = 1.0
+    return 1 - clean
+
+
 def opensora_shift(height: float, width: float, num_frames: float, dtype: torch.dtype = torch.float64) -> float:
     """Open-Sora 1.2's shift r = sqrt(H W / 512^2) sqrt(frames // 17 * 5), the time factor being 1 for a single frame.
 

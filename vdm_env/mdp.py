@@ -10,7 +10,7 @@ Legend: B videos, S denoising steps, C F H W latent channels, frames, rows, colu
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,15 @@ import torch
 from torch import Tensor
 
 from vdm_env import noise, transition
+from vdm_env.images import ImageBook
 from vdm_env.models.base import Condition, VideoModel
 from vdm_env.prompts import PromptBook
 from vdm_env.rewards.base import FramePolicy, Reward, score_parts, select_frames
 from vdm_env.schedule import make_table
 from vdm_env.transition import TransitionTable
+
+MAX_IMAGE_CONDITIONS = 512
+"""Conditions of (image, video seed) that are kept; they are made anew where one is needed again."""
 
 
 @dataclass
@@ -67,7 +71,8 @@ class DenoisingMDP:
         gold: a true score of the world, if there is one: (video, prompts) to an object with a `total` [B].
 
     Raises:
-        ValueError: an impossible size, number of steps, sampler or noise level.
+        ValueError: an impossible size, number of steps, sampler or noise level, texts for a model that animates
+            images, or the reverse.
     """
 
     def __init__(
@@ -86,6 +91,7 @@ class DenoisingMDP:
         gold: Callable[[Tensor, Sequence[str]], Any] | None = None,
     ) -> None:
         self.model, self.schedule, self.reward, self.prompts = model, model.schedule, reward, prompts
+        self.on_images = check_prompts(model, prompts)
         self.num_frames, self.height, self.width = size
         self.latent_shape = model.latent_shape(*size)
         self.device, self.dtype = torch.device(device), dtype
@@ -97,7 +103,7 @@ class DenoisingMDP:
         self.base_table = self.make_table(num_steps, sampler, noise_level)
         self.table = self.base_table
         self._gold = gold
-        self._conditions: dict[int, Condition] = {}
+        self._conditions: dict[Any, Condition] = {}
         self.counters = Counters()
 
     def make_table(self, num_steps: int, sampler: str, noise_level: float | Sequence[float] | None) -> TransitionTable:
@@ -191,9 +197,24 @@ class DenoisingMDP:
 
     # ------------------------------------------------------------------ prompts
 
-    def condition(self, prompt_ids: Tensor | Sequence[int]) -> Condition:
-        """What the network is conditioned on for these prompts; every prompt is embedded once."""
+    def condition_of(self, obs: Mapping[str, Tensor]) -> Condition:
+        """What the network is conditioned on in these states."""
+        return self.condition(obs["prompt_id"], obs["video_seed"] if self.on_images else None)
+
+    def action_scale(self, obs: Mapping[str, Tensor]) -> Tensor:
+        """Standard deviation of the policy in these states, [B] or broadcastable to the latents."""
+        return obs["action_std"]
+
+    def condition(
+        self, prompt_ids: Tensor | Sequence[int], video_seeds: Tensor | Sequence[int] | None = None
+    ) -> Condition:
+        """What the network is conditioned on for these prompts; every prompt is embedded once.
+
+        Image prompts carry a little noise, keyed by the video's seed; without seeds each image has a fixed draw.
+        """
         ids = [int(i) for i in prompt_ids]
+        if self.on_images:
+            return self._image_condition(ids, None if video_seeds is None else [int(s) for s in video_seeds])
         new = sorted({i for i in ids if i not in self._conditions})
         if new:
             self._embed(new, [self.prompts[i] for i in new])
@@ -212,12 +233,51 @@ class DenoisingMDP:
             self._embed([-1], [""])
         return self._gather([-1] * batch)
 
+    def _image_condition(self, ids: list[int], video_seeds: list[int] | None) -> Condition:
+        size = (self.height, self.width)
+        keys = [(i, -1 if video_seeds is None else video_seeds[row], *size) for row, i in enumerate(ids)]
+        for key in sorted({key for key in keys if key not in self._conditions}):
+            assert isinstance(self.prompts, ImageBook)
+            number, seed = key[:2]
+            drawn = noise.normal([number if seed < 0 else seed], noise.CONDITIONING, (3, *size)).to(self.device)
+            with torch.no_grad():  # one by one: rounding must not depend on which others happen to be new
+                condition = self.model.encode_images([self.prompts.image(number)], drawn)  # type: ignore[attr-defined]
+            self._conditions[key] = {name: values[0].to(self.device) for name, values in condition.items()}
+        found = self._gather(keys)
+        for key in keys:  # the latest used come last, so that the longest unused are forgotten first
+            self._conditions[key] = self._conditions.pop(key)
+        kept = [key for key in self._conditions if isinstance(key, tuple)]
+        for key in kept[: max(0, len(kept) - max(MAX_IMAGE_CONDITIONS, len(keys)))]:
+            del self._conditions[key]
+        return found
+
     def _embed(self, ids: list[int], texts: list[str]) -> None:
         with torch.no_grad():
             condition = self.model.encode_prompts(texts)
         for row, i in enumerate(ids):
             self._conditions[i] = {name: values[row].to(self.device) for name, values in condition.items()}
 
-    def _gather(self, ids: list[int]) -> Condition:
-        rows = [self._conditions[i] for i in ids]
+    def _gather(self, keys: Sequence[Any]) -> Condition:
+        rows = [self._conditions[key] for key in keys]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def check_prompts(model: VideoModel, prompts: PromptBook) -> bool:
+    """Whether the model animates images.
+
+    Raises:
+        ValueError: the prompts are of the other kind.
+    """
+    spec = model.spec
+    on_images = getattr(spec, "conditioned_on", "text") == "image"
+    if on_images and not isinstance(prompts, ImageBook):
+        raise ValueError(
+            f"{spec.name} animates images, but was given text prompts; give images=..., a folder or a list of files, "
+            "PIL images or tensors [3,H,W] in [0,1]"
+        )
+    if not on_images and isinstance(prompts, ImageBook):
+        raise ValueError(
+            f"{spec.name} is conditioned on text alone, but was given images; give prompts=[...] (the texts of a "
+            "set of images are list(images)), or take a model that animates images, such as 'SVD'"
+        )
+    return on_images

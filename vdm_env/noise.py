@@ -18,6 +18,12 @@ CONDITIONING = -2
 FRAMES = -3
 """Step number that keys the choice of frames the reward sees."""
 
+
+def of_clip(step: int, clip: int) -> int:
+    """The key of the three above for a clip of a longer video; clip 0 has the key of a single video."""
+    return step - 16 * clip
+
+
 _MASK = (1 << 64) - 1
 
 

@@ -3,6 +3,9 @@
 a ~ N(mean(x_k, t_k, prompt), action_std_k^2), where the mean is the (guided) network output and action_std comes from
 the environment, so that the step's randomness is exactly the sampler's. `policy(obs)` is a reparameterised sample
 whose noise is keyed by (video seed, step); gradients flow through the mean.
+
+`with policy.reference():` is the model to stay close to: the untrained one or, after `policy.refresh_reference()`, the
+policy as it was then. Such a snapshot is a copy of the trained weights alone (of a LoRA, its small matrices).
 """
 
 from __future__ import annotations
@@ -75,6 +78,7 @@ class DenoisingPolicy(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
         self.lora_rank = lora_rank
         self._reference_on = False
+        self._snapshot: dict[str, Tensor] = {}
         if lora_rank:
             self._model = mdp.model
             self._adapter = f"policy_{next(_adapter_numbers)}"
@@ -108,20 +112,25 @@ class DenoisingPolicy(nn.Module):
 
     def dist(self, obs: Observation) -> MeanNormal:
         """The distribution of the action."""
-        return MeanNormal(self.mean(obs), obs["action_std"])
+        return MeanNormal(self.mean(obs), self._mdp.action_scale(obs))
 
     def mean(self, obs: Observation) -> Tensor:
         """The guided output a_u + w (a_c - a_u), as one doubled batch; the conditional output alone for w = 1."""
         mdp, x, t = self._mdp, obs["latents"], obs["timestep"]
         x = self._scaled(x, t)
-        condition = mdp.condition(obs["prompt_id"])
+        condition = mdp.condition_of(obs)
         w = self.guidance_scale
         if w == 1.0:
             return self._network(x, t, condition)
         empty = mdp.unconditional(len(x), condition)
         both = {name: torch.cat([empty[name], condition[name]]) for name in condition}
         a_u, a_c = self._network(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        return a_u + w * (a_c - a_u)
+        of_frames = getattr(mdp.model, "guidance", None)  # a model may have its own for every frame
+        weight = w if of_frames is None else of_frames(w, x.shape[2]).to(x).view(-1, 1, 1)
+        of_times = getattr(mdp.model, "guidance_at", None)  # or for every part of the process
+        if of_times is not None:
+            weight = of_times(w, t).to(x).view(-1, 1, 1, 1, 1)
+        return a_u + weight * (a_c - a_u)
 
     def predict(self, x_t: Tensor, t: Tensor, prompt_ids: Tensor | Sequence[int]) -> Tensor:
         """Conditional network output without guidance, at any timesteps t [B]: what preference losses train on."""
@@ -132,12 +141,20 @@ class DenoisingPolicy(nn.Module):
         return x * self._mdp.schedule.input_scale(t).to(x).reshape(-1, *[1] * (x.ndim - 1))
 
     def _network(self, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        counters, reference = self._mdp.counters, self._reference_on
+        counters = self._mdp.counters
+        snapshot = self._snapshot if self._reference_on else {}
+        untrained = self._reference_on and not snapshot
 
         def call(x: Tensor, t: Tensor) -> Tensor:
             counters.denoiser_forwards += len(x)
             # Inside, not before: a checkpoint calls this again in the backward pass, when another policy may be on.
-            return self._switched_on(reference).predict(x, t, condition)
+            model = self._switched_on(untrained)
+            if not snapshot:
+                with _recomputed_blocks(model.denoiser, self.gradient_checkpointing):
+                    return model.predict(x, t, condition)
+            # The snapshot stands in for the parameters during this call only; they themselves are not touched, so a
+            # graph that waits for its backward pass keeps its gradients.
+            return torch.func.functional_call(_Predictor(model), snapshot, (x, t, condition))
 
         if self.gradient_checkpointing and torch.is_grad_enabled():
             output = checkpoint(call, x, t, use_reentrant=False, preserve_rng_state=False)
@@ -151,21 +168,52 @@ class DenoisingPolicy(nn.Module):
             output.register_hook(count_backward)
         return output
 
-    def _switched_on(self, reference: bool) -> VideoModel:
-        """Puts this policy's weights (or the reference's) into place and returns the model to call."""
-        if not self.lora_rank and not reference:
+    def _switched_on(self, untrained: bool) -> VideoModel:
+        """Puts this policy's weights (or the untrained model's) into place and returns the model to call."""
+        if not self.lora_rank and not untrained:
             return self._model
-        _switch_adapter(self._mdp.model.denoiser, None if reference else self._adapter)
+        _switch_adapter(self._mdp.model.denoiser, None if untrained else self._adapter)
         return self._mdp.model
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Inside this context the policy is the untrained model (adapters off, or the original weights)."""
+        """Inside this context the policy is the reference.
+
+        That is the untrained model (adapters off, or the original weights), or the latest `refresh_reference`.
+        """
         before, self._reference_on = self._reference_on, True
         try:
             yield
         finally:
             self._reference_on = before
+
+    def refresh_reference(self) -> None:
+        """From now on the reference is the policy as it is now; what is trained later does not change it."""
+        self._snapshot = {name: parameter.detach().clone() for name, parameter in self._named_trainable()}
+
+    def reset_reference(self) -> None:
+        """From now on the reference is the untrained model again, as in a new policy."""
+        self._snapshot = {}
+
+    def reference_state_dict(self) -> dict[str, Tensor]:
+        """The snapshot by name, copies on the CPU; empty while the reference is the untrained model.
+
+        `save` does not write it: an algorithm that refreshes the reference keeps this in its own state.
+        """
+        return {self._plain(name): value.cpu().clone() for name, value in self._snapshot.items()}
+
+    def load_reference_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over a `reference_state_dict`; an empty one makes the reference the untrained model.
+
+        Raises:
+            CorruptWeightsError: names or shapes that are not this policy's; the reference is then unchanged.
+        """
+        own = dict(self._named_trainable())
+        if state:
+            self._check_names({self._plain(name): parameter for name, parameter in own.items()}, state)
+            self._snapshot = {name: state[self._plain(name)].detach().to(p, copy=True) for name, p in own.items()}
+        else:
+            self.reset_reference()
 
     def train(self, mode: bool = True) -> DenoisingPolicy:
         """Does nothing: the network stays in eval mode, see the class."""
@@ -177,11 +225,28 @@ class DenoisingPolicy(nn.Module):
         part = f".{self._adapter}."
         return [(n, p) for n, p in self._model.denoiser.named_parameters() if part in n]
 
+    def _named_trainable(self) -> list[tuple[str, nn.Parameter]]:
+        """Names as in `_Predictor`, in a fixed order."""
+        named = self._model.denoiser.named_parameters()
+        named = self._named_adapter() if self.lora_rank else [(n, p) for n, p in named if p.requires_grad]
+        return [(f"denoiser.{n}", p) for n, p in named]
+
+    def _plain(self, name: str) -> str:
+        """A trainable parameter's name in saved states, which another policy of the same shape can read."""
+        name = name.removeprefix("denoiser.")
+        return name.replace(f".{self._adapter}.", ".") if self.lora_rank else name
+
+    def _check_names(self, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+        wrong = sorted(set(own) ^ set(state)) or [k for k in own if own[k].shape != state[k].shape]
+        if wrong:
+            raise CorruptWeightsError(
+                f"these weights do not belong to this policy (rank {self.lora_rank}): {wrong[:4]} differ "
+                f"({len(wrong)} in all); make the policy with the rank and targets the weights were trained with"
+            )
+
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters an algorithm may change, in a fixed order."""
-        if not self.lora_rank:
-            return [p for p in self._model.denoiser.parameters() if p.requires_grad]
-        return [p for _, p in self._named_adapter()]
+        return [parameter for _, parameter in self._named_trainable()]
 
     def lora_state_dict(self) -> dict[str, Tensor]:
         """The trained weights by name, detached copies on the CPU."""
@@ -196,13 +261,7 @@ class DenoisingPolicy(nn.Module):
         Raises:
             CorruptWeightsError: names or shapes that are not this policy's.
         """
-        own = self.lora_state_dict()
-        wrong = sorted(set(own) ^ set(state)) or [k for k in own if own[k].shape != state[k].shape]
-        if wrong:
-            raise CorruptWeightsError(
-                f"these weights do not belong to this policy (rank {self.lora_rank}): {wrong[:4]} differ "
-                f"({len(wrong)} in all); make the policy with the rank and targets the weights were trained with"
-            )
+        self._check_names(self.lora_state_dict(), state)
         if self.lora_rank:
             set_peft_model_state_dict(self._model.denoiser, dict(state), adapter_name=self._adapter)
         else:
@@ -242,6 +301,34 @@ class DenoisingPolicy(nn.Module):
                 f"{file} is damaged or truncated ({error}); save it again or take an earlier one"
             ) from error
         self.load_lora_state_dict({k.removeprefix("base_model.model."): v for k, v in state.items()})
+
+
+class _Predictor(nn.Module):
+    """`model.predict` as a module with the denoiser's parameters, for `torch.func.functional_call`."""
+
+    def __init__(self, model: VideoModel) -> None:
+        super().__init__()
+        self.denoiser = model.denoiser
+        self.predict = model.predict  # not the model: were it a module, each parameter would have two names
+
+    def forward(self, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        return self.predict(x, t, condition)
+
+
+@contextmanager
+def _recomputed_blocks(denoiser: nn.Module, on: bool) -> Iterator[None]:
+    """Inside, diffusers networks that can also checkpoint every block, so that a backward pass holds one at a time.
+
+    Only within a checkpoint of the whole network: its recomputation puts the right adapter into place first.
+    """
+    if not (on and getattr(denoiser, "_supports_gradient_checkpointing", False)):
+        yield
+        return
+    denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        denoiser.disable_gradient_checkpointing()  # type: ignore[operator]
 
 
 def _adapter_layers(denoiser: nn.Module) -> list[tuple[str, BaseTunerLayer]]:

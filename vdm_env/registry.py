@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +21,8 @@ import torch
 from vdm_env.config import EnvConfig
 from vdm_env.env import DenoisingVectorEnv
 from vdm_env.gym import register_envs
-from vdm_env.models import MODELS, ModelEntry, VideoModel
+from vdm_env.images import ImageBook, ImageLike, as_image_book, default_images
+from vdm_env.models import MODELS, ModelEntry, ModelSpec, VideoModel
 from vdm_env.prompts import PromptBook
 from vdm_env.rewards import REWARDS, Part, Reward, RewardContext, RewardEntry, WeightedSum, as_reward
 from vdm_env.rewards.base import FramePolicy, ScoreFunction
@@ -145,13 +148,21 @@ def parse_id(env_id: str) -> tuple[str, dict[str, float]]:
     return model, weights
 
 
-def build_reward(weights: Mapping[str, float], context: RewardContext) -> Reward:
-    """One reward, or the weighted sum of several, by name."""
+def build_reward(
+    weights: Mapping[str, float], context: RewardContext, published: RewardContext | None = None
+) -> Reward:
+    """One reward, or the weighted sum of several, by name; `published` is the context of published networks, if other.
+
+    An embedded world always has its own small weights; with published networks the caller's choice of weights counts.
+    """
     if not weights:
         raise ValueError("reward={} names no reward; give at least one, for example {'HPS': 1.0}")
     parts = [
-        Part(reward=as_reward(_lookup("reward", name, _rewards()).build(context)), weight=float(weight))
-        for name, weight in weights.items()
+        Part(
+            reward=as_reward(entry.build(published if entry.published and published is not None else context)),
+            weight=float(weight),
+        )
+        for entry, weight in ((_lookup("reward", name, _rewards()), weight) for name, weight in weights.items())
     ]
     return parts[0].reward if len(parts) == 1 and parts[0].weight == 1.0 else WeightedSum(parts)
 
@@ -162,6 +173,7 @@ def make(
     model: VideoModel | str | None = None,
     reward: Reward | ScoreFunction | str | Mapping[str, float] | None = None,
     prompts: Mapping[str, Sequence[str]] | Sequence[str] | PromptBook | None = None,
+    images: Mapping[str, Sequence[ImageLike]] | Sequence[ImageLike] | ImageBook | str | Path | None = None,
     num_envs: int = 1,
     group_size: int = 1,
     num_steps: int | None = None,
@@ -193,6 +205,9 @@ def make(
             wins over the id's.
         prompts: a list of texts, or {"train": [...], "validation": [...], "test": [...]}; a world's own prompts if
             None.
+        images: what a model that animates images (SVD) starts from: a folder (see `vdm_env.images.read_folder`), a
+            list, or {"train": [...], ...} of files, PIL images or tensors [3,H,W] in [0,1]; `prompts` of the same form
+            are then their texts. A few drawn ones if None.
         num_envs: videos side by side; a multiple of group_size.
         group_size: envs that share a prompt.
         num_steps, sampler, noise_level, guidance_scale: of the denoising process; the model's defaults if None.
@@ -256,13 +271,11 @@ def make(
         num_frames=frames,
     )
     if isinstance(reward, Mapping):
-        reward = build_reward(reward, context)
+        reward = build_reward(reward, context, replace(context, weights=weights, scale=scale))  # type: ignore[arg-type]
     else:
         reward = as_reward(reward)
     gold, own_prompts = _world(spec.world)
-    if prompts is None:
-        prompts = own_prompts
-    book = prompts if isinstance(prompts, PromptBook) else PromptBook(prompts)
+    book = _prompt_book(spec, prompts, images, own_prompts)
     config = EnvConfig(
         id=id or f"{model_name}-{reward.name}",
         model=network,
@@ -286,6 +299,18 @@ def make(
     )
     env = DenoisingVectorEnv(config, render_mode)
     return env.to_torchrl() if api == "torchrl" else env
+
+
+def _prompt_book(spec: ModelSpec, prompts: Any, images: Any, own: Any) -> PromptBook:
+    """The prompts of an environment; `DenoisingMDP` refuses those of the wrong kind."""
+    if isinstance(prompts, ImageBook) and images is None:
+        images, prompts = prompts, None
+    if getattr(spec, "conditioned_on", "text") == "image" and prompts is None and images is None:
+        return default_images()
+    if images is not None:
+        return as_image_book(images, prompts)
+    prompts = own if prompts is None else prompts
+    return prompts if isinstance(prompts, PromptBook) else PromptBook(prompts)
 
 
 def _check_place(device: torch.device | str, dtype: torch.dtype) -> None:

@@ -34,12 +34,14 @@ from vdm_env.grids import (
     latent_scale_lvdm,
     lcm_timesteps,
     linear_alphas_cumprod,
+    linear_quadratic_sigmas,
     opensora_shift,
     opensora_timesteps,
     rescale_zero_terminal_snr,
     scaled_linear_alphas_cumprod,
     shift_sigmas,
     snr_shift,
+    stretch_to_terminal,
 )
 from vdm_env.samplers import (
     NoiseLevel,
@@ -65,6 +67,7 @@ __all__ = [
     "latent_scale_lvdm",
     "lcm_timesteps",
     "linear_alphas_cumprod",
+    "linear_quadratic_sigmas",
     "make_table",
     "opensora_shift",
     "opensora_timesteps",
@@ -72,6 +75,7 @@ __all__ = [
     "scaled_linear_alphas_cumprod",
     "shift_sigmas",
     "snr_shift",
+    "stretch_to_terminal",
 ]
 
 
@@ -215,15 +219,24 @@ class FlowSchedule:
     """Rectified flow: Wan, HunyuanVideo, LTX-Video, Mochi, Open-Sora. Outputs are eps - x0; adapters flip the sign.
 
     Raises:
-        ValueError: if shift or num_train_timesteps is not positive.
+        ValueError: if shift or num_train_timesteps is not positive, terminal is outside (0, 1), or the spacing unknown.
     """
 
     shift: float = 1.0
     """Timestep shift r: sigma -> r sigma / (1 + (r - 1) sigma); more than 1 spends more steps at high noise."""
     num_train_timesteps: int = 1000
     """The network is given t = num_train_timesteps * sigma."""
+    spacing: str = "uniform"
+    """Grid before the shift: "uniform", or Mochi's "linear_quadratic"."""
+    terminal: float | None = None
+    """Smallest sigma of the grid before the final 0, to which LTX-Video stretches it; None leaves it."""
 
     def __post_init__(self) -> None:
+        if self.spacing not in ("uniform", "linear_quadratic") or not (self.terminal is None or 0 < self.terminal < 1):
+            raise ValueError(
+                "expected spacing 'uniform' or 'linear_quadratic' and terminal None or in (0, 1), got "
+                f"{self.spacing!r} and {self.terminal}"
+            )
         if not self.shift > 0 or self.num_train_timesteps < 1:
             raise ValueError(f"shift and num_train_timesteps must be > 0, got {self.shift}, {self.num_train_timesteps}")
 
@@ -262,11 +275,19 @@ class FlowSchedule:
         kind = "ode" if sampler == "flow_ode" else sampler
         published = {"ode": 0.0, "flow_grpo": 0.7, "dance": 0.25, "cps": 0.7}[kind]
         return flow_table(
-            flow_sigmas(num_steps, self.shift),
+            self.sigmas(num_steps),
             kind=kind,
             noise_level=published if noise_level is None else noise_level,
             num_train_timesteps=self.num_train_timesteps,
         )
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        """The grid [S+1], float64, from 1 to 0."""
+        if self.spacing == "linear_quadratic":
+            grid = shift_sigmas(linear_quadratic_sigmas(num_steps), self.shift)
+        else:
+            grid = flow_sigmas(num_steps, self.shift)
+        return grid if self.terminal is None else stretch_to_terminal(grid, self.terminal)
 
     def _sigma(self, t: Tensor, like: Tensor) -> Tensor:
         if t.device.type == "cpu" and bool(((t < 0) | (t > self.num_train_timesteps)).any()):

@@ -68,18 +68,19 @@ class DenoisingEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
 
         Args:
             seed: starts a fresh deterministic stream of videos and prompts; None continues it.
-            options: any of prompt (text) or prompt_id, latents [C,F,H,W], step (int), noise_levels; see the vector env.
+            options: any of prompt (text), prompt_id or image, latents [C,F,H,W], step (int), noise_levels; see the
+                vector env.
 
         Raises:
             ValueError: an unknown option, or one that does not fit.
         """
         super().reset(seed=seed)
         given = dict(options or {})
-        known = ("prompt", "prompt_id", "latents", "step", "noise_levels")
+        known = ("prompt", "prompt_id", "image", "latents", "step", "noise_levels")
         unknown = sorted(set(given) - set(known))
         if unknown:
             raise ValueError(f"unknown reset options {unknown}; expected some of {list(known)}")
-        wide: dict[str, Any] = {name: given[name] for name in ("step", "noise_levels") if name in given}
+        wide: dict[str, Any] = {name: given[name] for name in ("image", "step", "noise_levels") if name in given}
         if "prompt" in given:
             wide["prompts"] = [given["prompt"]]
         if "prompt_id" in given:

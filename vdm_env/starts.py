@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from vdm_env import noise
+from vdm_env.images import ImageBook
 from vdm_env.prompts import PromptBook
 
 MAX_SEED = (1 << 63) - 2
 """Video seeds lie in 0 .. MAX_SEED: one below int64's largest, which Gymnasium's sampling of a Box cannot represent."""
-OPTIONS = ("prompts", "prompt_ids", "latents", "step", "noise_levels", "reset_mask", "image")
+OPTIONS = ("prompts", "prompt_ids", "images", "image", "latents", "step", "noise_levels", "reset_mask")
 
 
 @dataclass(kw_only=True)
@@ -44,15 +45,18 @@ class Stream:
         return drawn
 
 
-def check_options(options: Mapping[str, Any], env_id: str) -> None:
+def check_options(options: Mapping[str, Any], env_id: str, book: PromptBook) -> None:
     """Raises ValueError for options that no reset, or not this model's, understands."""
     unknown = sorted(set(options) - set(OPTIONS))
     if unknown:
         raise ValueError(f"unknown reset options {unknown}; expected some of {list(OPTIONS)}")
-    if options.get("image") is not None:
+    given = [name for name in ("image", "images") if options.get(name) is not None]
+    if given and not isinstance(book, ImageBook):
         raise ValueError(
-            f"{env_id}: option 'image' was given, but this model is conditioned on text alone; leave it out"
+            f"{env_id}: option {given[0]!r} was given, but this model is conditioned on text alone; leave it out"
         )
+    if len(given) > 1:
+        raise ValueError("give image (one for all envs) or images (one a group or one an env), not both")
 
 
 def reset_mask(given: Any, num_envs: int, group_size: int, *, first: bool) -> Tensor:
@@ -74,14 +78,21 @@ def reset_mask(given: Any, num_envs: int, group_size: int, *, first: bool) -> Te
 
 
 def given_prompts(options: Mapping[str, Any], book: PromptBook, num_envs: int, group_size: int) -> Tensor | None:
-    """Prompt numbers [num_envs] that the options ask for, None if they do not; new texts are added to the book."""
+    """Prompt numbers [num_envs] that the options ask for, None if they do not; what is new is added to the book."""
     texts, ids = options.get("prompts"), options.get("prompt_ids")
+    images = options.get("images") if options.get("image") is None else [options["image"]]
+    if images is not None:
+        assert isinstance(book, ImageBook)  # check_options has seen to it
+        if ids is not None:
+            raise ValueError("give images or prompt_ids, not both")
+        _check_number(images, num_envs, group_size, one_for_all=options.get("image") is not None)
+        ids, texts = book.add_images(images, texts), None
+        ids = ids * num_envs if len(ids) == 1 else ids
     if texts is not None and ids is not None:
         raise ValueError("give prompts or prompt_ids, not both")
     groups = num_envs // group_size
     if texts is not None:
-        if not isinstance(texts, str) and len(texts) not in (0, groups, num_envs):
-            raise ValueError(f"got {len(texts)} prompts; expected {groups} (one a group) or {num_envs} (one an env)")
+        _check_number(texts, num_envs, group_size)
         ids = book.add(texts)
     if ids is None:
         return None
@@ -99,6 +110,13 @@ def given_prompts(options: Mapping[str, Any], book: PromptBook, num_envs: int, g
     if bool((chosen.reshape(-1, group_size) != chosen[::group_size, None]).any()):
         raise ValueError(f"the {group_size} envs of a group must share their prompt, got prompt_ids {given}")
     return chosen
+
+
+def _check_number(given: Any, num_envs: int, group_size: int, one_for_all: bool = False) -> None:
+    groups = num_envs // group_size
+    if one_for_all or isinstance(given, str) or len(given) in (0, groups, num_envs):
+        return
+    raise ValueError(f"got {len(given)} prompts; expected {groups} (one a group) or {num_envs} (one an env)")
 
 
 def given_seeds(seeds: Sequence[int], num_envs: int) -> Tensor:

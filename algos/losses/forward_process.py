@@ -2,33 +2,58 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
 from algos.losses.checks import check_vectors, check_videos
 
+AdvantageMode = Literal["all", "positive_only", "negative_only", "one_only", "binary"]
 
-def optimality_probability(advantage: Tensor, adv_clip_max: float = 5.0) -> Tensor:
+
+def optimality_probability(advantage: Tensor, adv_clip_max: float = 5.0, mode: AdvantageMode = "all") -> Tensor:
     """How much a video counts as a good one.
 
-        r = clip( A / (2 A_max) + 1/2, 0, 1 )
+        r = clip( f(A) / (2 A_max) + 1/2, 0, 1 )
+
+        all             f(A) = A
+        positive_only   max(A, 0): bad videos teach nothing
+        negative_only   min(A, 0): good videos teach nothing
+        one_only        1[A > 0]: all good videos alike
+        binary          sign(A)
+
+    f = 0 teaches nothing at first, because r = 1/2 pulls and pushes alike while the policy is the old one; one_only and
+    binary are in units of the advantage, so with A_max 5 their r is 0.6 or 0.4, not 1 or 0.
 
     Source: Zheng et al. 2025 (DiffusionNFT, arXiv:2509.16117) and its released code, A_max 5.
 
     Args:
         advantage: [B], taken as constant.
         adv_clip_max: A_max > 0, the magnitude at which r is 0 or 1.
+        mode: see above.
 
     Returns:
         r [B] in [0, 1]; 1/2 where the advantage is 0.
 
     Raises:
-        TypeError, ValueError: advantage is not a floating-point vector, or adv_clip_max <= 0.
+        TypeError, ValueError: advantage is not a floating-point vector, adv_clip_max <= 0, or an unknown mode.
     """
     check_vectors(advantage=advantage)
     if not adv_clip_max > 0:
         raise ValueError(f"adv_clip_max is {adv_clip_max}, expected a number > 0 (DiffusionNFT: 5)")
-    return (advantage.detach() / (2 * adv_clip_max) + 0.5).clamp(0, 1)
+    if mode not in get_args(AdvantageMode):
+        raise ValueError(f"mode is {mode!r}, expected one of {', '.join(get_args(AdvantageMode))}")
+    value = advantage.detach()
+    if mode == "positive_only":
+        value = value.clamp(min=0)
+    elif mode == "negative_only":
+        value = value.clamp(max=0)
+    elif mode == "one_only":
+        value = (value > 0).to(value.dtype)
+    elif mode == "binary":
+        value = value.sign()
+    return (value / (2 * adv_clip_max) + 0.5).clamp(0, 1)
 
 
 def nft_loss(
@@ -70,9 +95,9 @@ def nft_loss(
     x0_old, x0, r = x0_old.detach(), x0.detach(), probability.detach()
 
     def weighted_error(estimate: Tensor) -> Tensor:
-        error = estimate - x0
-        weight = error.detach().double().abs().flatten(1).mean(1).clamp(min=1e-5)
-        return error.square().flatten(1).mean(1) / weight.to(error.dtype)
+        weight = (estimate.detach().double() - x0.double()).abs().flatten(1).mean(1).clamp(min=1e-5)
+        # divided as float64, so that the loss is at least as precise as its weights whatever the videos' dtype
+        return (estimate - x0).square().flatten(1).mean(1) / weight
 
     positive = weighted_error(mixture * x0_policy + (1 - mixture) * x0_old)
     negative = weighted_error((1 + mixture) * x0_old - mixture * x0_policy)
@@ -123,6 +148,30 @@ def sparse_weights(reward: Tensor, threshold: float) -> Tensor:
     """
     check_vectors(reward=reward)
     return (reward.detach() >= threshold).to(reward.dtype)
+
+
+def raw_weights(reward: Tensor) -> Tensor:
+    """The reward itself as the weight: w_i = R_i.
+
+    Source: Flow-GRPO's released reward-weighted baseline (arXiv:2505.05470).
+
+    Args:
+        reward: [B], taken as constant; for rewards that are >= 0 by nature.
+
+    Returns:
+        w [B] >= 0, in reward's dtype.
+
+    Raises:
+        TypeError, ValueError: reward is not a floating-point vector, or a reward is negative: a negative weight makes
+            the loss better without bound the further the output is from its target.
+    """
+    check_vectors(reward=reward)
+    if bool((reward < 0).any()):
+        raise ValueError(
+            f"the lowest reward is {float(reward.min()):g}, but as weights rewards must be >= 0; use "
+            f"weighting='softmax', or shift the reward"
+        )
+    return reward.detach()
 
 
 def best_of_group_weights(reward: Tensor, group_size: int) -> Tensor:

@@ -6,6 +6,7 @@ A loader is `load(*, weights, scale, device, dtype, seed) -> VideoModel`; heavy 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, NamedTuple
 
 from vdm_env.models.base import ModelSpec, VideoModel
@@ -56,6 +57,27 @@ def _opensora(*, weights: str, scale: str, device: Any, dtype: Any, seed: int = 
     return opensora.load(opensora.OPENSORA12, weights=weights, scale=scale, device=device, dtype=dtype, seed=seed)
 
 
+def _svd(name: str) -> Callable[..., VideoModel]:
+    def load(*, weights: str, scale: str, device: Any, dtype: Any, seed: int = 0) -> VideoModel:
+        from vdm_env.models import svd
+
+        spec = {"SVD": svd.SVD, "SVDXT": svd.SVD_XT}[name]
+        return svd.load(spec, weights=weights, scale=scale, device=device, dtype=dtype, seed=seed)
+
+    return load
+
+
+def _family(module: str, spec: str) -> Callable[..., VideoModel]:
+    """The loader of a module of this folder, for one of its specs."""
+
+    def load(*, weights: str, scale: str, device: Any, dtype: Any, seed: int = 0) -> VideoModel:
+        family = import_module(f"vdm_env.models.{module}")
+        chosen = getattr(family, spec)
+        return family.load(chosen, weights=weights, scale=scale, device=device, dtype=dtype, seed=seed)
+
+    return load
+
+
 MODELS: dict[str, ModelEntry] = {
     "MovingShapes": ModelEntry(
         _moving_shapes(flow=True), "embedded flow-matching WanTransformer3DModel, weights included", "moving_shapes"
@@ -68,6 +90,26 @@ MODELS: dict[str, ModelEntry] = {
     "T2VTurboV2": ModelEntry(_turbo("T2VTurboV2"), "the same with motion guidance, 16 consistency steps"),
     "OpenSora1.2": ModelEntry(_opensora, "STDiT3, 240x426, 51 frames, rectified flow"),
     "ModelScope": ModelEntry(_unet3d("ModelScope"), "UNet3D, 256x256, 16 frames, DDIM"),
+    "AnimateDiff": ModelEntry(
+        _family("animatediff", "ANIMATEDIFF"), "Stable Diffusion 1.5 with motion modules, 512x512, 16 frames, DDIM"
+    ),
+    "CogVideoX2B": ModelEntry(
+        _family("cogvideox", "COGVIDEOX_2B"), "transformer, 480x720, 49 frames, v-prediction, zero terminal SNR, DDIM"
+    ),
+    "CogVideoX5B": ModelEntry(_family("cogvideox", "COGVIDEOX_5B"), "the same, larger and with rotary positions"),
+    "HunyuanVideo": ModelEntry(
+        _family("hunyuan_video", "HUNYUAN_VIDEO"), "13B transformer, 720x1280, 129 frames, flow, guidance as an input"
+    ),
+    "LTXVideo": ModelEntry(_family("ltx", "LTX_VIDEO"), "2B transformer, 512x704, 161 frames, flow"),
+    "Mochi": ModelEntry(_family("mochi", "MOCHI"), "10B transformer, 480x848, 19 frames, flow"),
+    "Wan2.1_1.3B": ModelEntry(_family("wan", "WAN21_1B"), "transformer, 480x832, 81 frames, flow"),
+    "Wan2.1_14B": ModelEntry(_family("wan", "WAN21_14B"), "the same, larger"),
+    "Wan2.2_A14B": ModelEntry(
+        _family("wan", "WAN22_A14B"), "two 14B transformers, one for each end of the process, 720x1280, 81 frames, flow"
+    ),
+    "Wan2.2_5B": ModelEntry(_family("wan", "WAN22_5B"), "5B transformer, 704x1280, 121 frames, flow"),
+    "SVD": ModelEntry(_svd("SVD"), "Stable Video Diffusion, animates an image: 576x1024, 14 frames, EDM"),
+    "SVDXT": ModelEntry(_svd("SVDXT"), "Stable Video Diffusion XT, the same with 25 frames"),
 }
 
 __all__ = ["MODELS", "ModelEntry", "ModelSpec", "VideoModel"]

@@ -49,6 +49,12 @@ class ModelSpec:
     """names of the linear layers that get a LoRA by default"""
     world: str | None = None
     """the embedded world whose small reward models and gold score belong to this model, if any"""
+    conditioned_on: str = "text"
+    """"text", or "image": then the model has `encode_images(images, noise)` beside `encode_prompts`, see `svd.py`"""
+
+    def __post_init__(self) -> None:
+        if self.conditioned_on not in ("text", "image"):
+            raise ValueError(f"{self.name}: conditioned_on={self.conditioned_on!r}; expected 'text' or 'image'")
 
 
 @runtime_checkable

@@ -161,7 +161,7 @@ def read_stdit3(folder: Path) -> STDiT3:
     """
     config, weights = _release_files(folder, "network")
     with torch.device("meta"):  # no memory and no time for values that are replaced at once
-        network = STDiT3(STDiT3Config.of(_json(config)))
+        network = STDiT3(STDiT3Config.of(read_json(config)))
     load_exactly(network, read_tensors(weights), str(weights))
     return network
 
@@ -218,7 +218,7 @@ def _find(part: str) -> Path | None:
         config = place / _CONFIG
         if not config.is_file() or (part != "text" and not (place / _WEIGHTS).is_file()):
             return False
-        entries = _json(config)
+        entries = read_json(config)
         others = [mark for other, mark in _MARKS.items() if other != part and mark]
         return (not _MARKS[part] or _MARKS[part] in entries) and not any(mark in entries for mark in others)
 
@@ -228,7 +228,12 @@ def _find(part: str) -> Path | None:
     return cached.parent if cached is not None and fits(cached.parent) else None
 
 
-def _json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """A configuration file.
+
+    Raises:
+        CorruptWeightsError: it is no JSON.
+    """
     try:
         return json.loads(file.read_text())
     except ValueError as error:

@@ -14,7 +14,15 @@ from vdm_env.rewards.analytic import build_brightness, build_jpeg
 from vdm_env.rewards.base import FramePolicy, Reward, as_reward, score_parts, select_frames, validate_scores
 from vdm_env.rewards.clip_loading import build_clip_score, build_hps, build_hpsv2, build_hpsv21, build_pick_score
 from vdm_env.rewards.combine import Part, WeightedSum
+from vdm_env.rewards.grounding_dino import build_object_removal_dino
+from vdm_env.rewards.image_reward import build_image_reward
 from vdm_env.rewards.loading import RewardContext
+from vdm_env.rewards.object_removal import build_object_removal
+from vdm_env.rewards.omniscore import build_omniscore
+from vdm_env.rewards.vader_heads import build_compression, build_rainy, build_snowy
+from vdm_env.rewards.viclip import build_viclip
+from vdm_env.rewards.vjepa import build_vjepa
+from vdm_env.rewards.vjepa2 import build_vjepa2
 
 
 class RewardEntry(NamedTuple):
@@ -37,6 +45,24 @@ REWARDS: dict[str, RewardEntry] = {
     "CLIP": RewardEntry(build_clip_score, "CLIPScore: 100 times the cosine of frame and prompt", True),
     "Aesthetic": RewardEntry(build_aesthetic, "LAION aesthetic predictor V2: about 1 to 10, whatever the prompt", True),
     "Action": RewardEntry(build_action, "probability of the action the prompt names, by a VideoMAE classifier", True),
+    "OmniScore": RewardEntry(build_omniscore, "frames, motion and prompt in one number, after VideoDPO", True),
+    "Compression": RewardEntry(
+        build_compression, "minus the JPEG size that a head on CLIP predicts, kB", True, published=True
+    ),
+    "Rainy": RewardEntry(build_rainy, "probability that frames show rain, by a head on CLIP", True, published=True),
+    "Snowy": RewardEntry(build_snowy, "probability that frames show snow, by a head on CLIP", True, published=True),
+    "ObjectRemoval": RewardEntry(build_object_removal, "absence of an object (a book), by YOLOS", True, published=True),
+    "ObjectRemovalDINO": RewardEntry(
+        build_object_removal_dino, "absence of an object (a book), by Grounding DINO", True, published=True
+    ),
+    "VJEPA": RewardEntry(build_vjepa, "minus the error of V-JEPA's masked prediction", True, published=True),
+    "VJEPA2": RewardEntry(
+        build_vjepa2, "minus the error of V-JEPA 2's masked prediction, without leak", True, published=True
+    ),
+    "ViCLIP": RewardEntry(build_viclip, "whole video against prompt, cosine in [-1, 1]", True, published=True),
+    "ImageReward": RewardEntry(
+        build_image_reward, "ImageReward v1.0: frame against prompt, about -2 to 2", True, published=True
+    ),
     "Brightness": RewardEntry(build_brightness, "mean of the pixels; for tests and first steps", True),
     "JPEGCompressibility": RewardEntry(build_jpeg, "minus the size of the frames as JPEG, in kB", False),
 }

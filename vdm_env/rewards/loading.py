@@ -10,7 +10,7 @@ import pickle
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,6 +58,11 @@ class RewardContext:
             raise ValueError(
                 f"dtype={self.dtype} is no floating type; expected torch.float32, bfloat16, float16 or float64"
             )
+
+
+def published(context: RewardContext) -> RewardContext:
+    """The context for a network that exists only as published: an embedded world has no small one of its own."""
+    return replace(context, world=None)
 
 
 def warn_random(name: str) -> None:
@@ -138,15 +143,32 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         CorruptWeightsError: truncated, damaged, or a pickle that would have to run code.
     """
+    content = read_checkpoint(path)
+    return as_tensors(content.get("state_dict", content) if isinstance(content, dict) else content, path)
+
+
+def read_checkpoint(path: Path) -> Any:
+    """Whatever a .safetensors file or a torch checkpoint holds, read without code execution.
+
+    Raises:
+        CorruptWeightsError: truncated, damaged, or a pickle that would have to run code.
+    """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
         if isinstance(error, FileNotFoundError):
             raise
         raise corrupt(path, error) from error
-    content = content.get("state_dict", content) if isinstance(content, dict) else content
+
+
+def as_tensors(content: Any, path: Path) -> dict[str, Tensor]:
+    """The content, a dictionary of tensors.
+
+    Raises:
+        CorruptWeightsError: it is anything else.
+    """
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise CorruptWeightsError(
             f"{path} holds {type(content).__name__}, expected a dictionary of tensors; fetch the file again"
@@ -172,14 +194,28 @@ def load_strictly(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> 
     """
     # Buffers that older releases stored and newer ones compute.
     tensors = {k: v for k, v in tensors.items() if not k.endswith("position_ids")}
-    try:
-        module.load_state_dict(tensors, strict=True)
-    except RuntimeError as error:
-        detail = " ".join(str(error).split())[:400]
+    wanted = module.state_dict()
+    wrong = {
+        "missing": sorted(set(wanted) - set(tensors)),
+        "unexpected": sorted(set(tensors) - set(wanted)),
+        "of another shape": [
+            f"{k} {list(v.shape)} instead of {list(wanted[k].shape)}"
+            for k, v in tensors.items()
+            if k in wanted and v.shape != wanted[k].shape
+        ],
+    }
+    if any(wrong.values()):
+        detail = "; ".join(f"{what}: {_first(names)}" for what, names in wrong.items() if names)
         raise CorruptWeightsError(
             f"{path} does not fit {type(module).__name__}: {detail}; it is another architecture or incomplete, "
             "fetch it again"
-        ) from error
+        )
+    module.load_state_dict(tensors, strict=True)
+
+
+def _first(names: Sequence[str], count: int = 8) -> str:
+    """The first few names, and how many more there are."""
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 @contextmanager

@@ -1,0 +1,389 @@
+"""PPO of Stable-Baselines3 on the denoising environment: a proof that it plugs in.
+
+Everything that learns is SB3's (`stable_baselines3.PPO`: rollouts, GAE, the clipped loss). This file brings the
+environment and the policy into its terms. For results, use the algorithms of this package.
+
+What one has to know:
+
+- **The policy** is an `ActorCriticPolicy` that builds no networks of its own: its mean is the denoiser's output, its
+  standard deviation the sampler's, its value a small `StateValue`. `log_prob` is the mean over the D latent elements
+  (SB3's own Gaussians sum), so clip ranges are those of DDPO: 1e-4 where SB3's 0.2 is for sums, about c * D nats.
+- **The environment** is the vector env itself behind SB3's `VecEnv`, with the spaces of `vdm_env.single.DenoisingEnv`.
+  SB3 wants a finite box and clips to it without saying so: an action that reaches the box is an error here.
+- **Rewards are standardised** over the videos that end together (or each group): the critic starts at 0.
+- **Minibatches** are one denoising step of one batch of videos, as sampled: the ratio before the first update is 1 to
+  the last bit, steps without noise are left out, and the order comes from a generator instead of numpy's global one.
+  Each minibatch is an optimiser step, as in SB3.
+- **Checkpoints.** SB3's `save` pickles objects. `state_dict()` holds the optimiser, the critic and the streams instead.
+- One `update()` is one `learn()` of one rollout: sampling and training, nothing else. Data pass through numpy, so on a
+  GPU latents travel twice a step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import DictRolloutBuffer
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import DictRolloutBufferSamples
+from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor, nn
+
+from algos.advantages import batch_advantages, group_advantages
+from algos.critic import StateValue
+from algos.training import (
+    check_choice,
+    check_not_negative,
+    check_positive,
+    num_batches,
+    reward_metrics,
+    start_stream,
+)
+from vdm_env import noise
+from vdm_env.single import DenoisingEnv
+
+Baseline = Literal["batch", "group"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SB3PPOConfig:
+    """Defaults: SB3's GAE and value weight, DDPO's clip range."""
+
+    learning_rate: float = 3e-4
+    """of AdamW, constant; of the policy and the critic"""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """of AdamW"""
+    weight_decay: float = 1e-4
+    """of AdamW"""
+    eps: float = 1e-8
+    """of AdamW"""
+    max_grad_norm: float = 1.0
+    """L2 norm the gradient of policy and critic together is clipped to"""
+    clip_range: float = 1e-4
+    """c, 0..1 (exclusive), on the exponential of the difference of mean log-probabilities"""
+    baseline: Baseline = "batch"
+    """what rewards are standardised over: the "batch" of videos that end together, or the env's "group" """
+    critic_coefficient: float = 0.5
+    """weight of the critic's squared error"""
+    gae_lambda: float = 0.95
+    """0..1; 1 is reward minus value"""
+    videos_per_rollout: int = 256
+    """videos sampled before the policy changes; a multiple of env.num_envs"""
+    num_inner_epochs: int = 1
+    """passes over a rollout"""
+    action_bound: float = 1e4
+    """half-width of the box that SB3 is told; beyond any |output| + 5 action_std"""
+    seed: int = 0
+    """of the env's stream of prompts and noise, of the minibatches' order and of the critic's initial weights"""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "learning_rate", "eps", "max_grad_norm", "clip_range", "critic_coefficient")
+        check_positive(self, "videos_per_rollout", "num_inner_epochs", "action_bound")
+        check_not_negative(self, "weight_decay", "gae_lambda")
+        check_choice(self, "baseline", Baseline)
+        if self.clip_range >= 1 or self.gae_lambda > 1:
+            raise ValueError(
+                f"SB3PPOConfig.clip_range is {self.clip_range} and gae_lambda {self.gae_lambda}, expected less than 1 "
+                f"and at most 1"
+            )
+
+    @classmethod
+    def preset(cls, model: str) -> SB3PPOConfig:
+        """Settings for a model by name, not tuned; "MovingShapes" wants an env with group_size=8.
+
+        Raises:
+            ValueError: there are none for this model.
+        """
+        presets = {"MovingShapes": cls(learning_rate=1e-4, videos_per_rollout=64, baseline="group")}
+        if model not in presets:
+            raise ValueError(f"no SB3PPO preset for {model!r}, only for {', '.join(presets)}; write SB3PPOConfig(...)")
+        return presets[model]
+
+
+class SB3PPO:
+    """SB3's PPO over an env's noisy denoising steps.
+
+    Args:
+        env: vector env in float32, with at least two videos and one step with noise.
+        policy: from `env.make_policy`; its trainable parameters are the ones that move.
+        config: see `SB3PPOConfig`.
+
+    Raises:
+        ValueError: an env without noise, of one video, of float64 latents, or without groups where rewards are
+            standardised in them, or a rollout that the env's batch does not divide.
+    """
+
+    def __init__(self, env: Any, policy: Any, config: SB3PPOConfig) -> None:
+        self.steps: list[int] = env.mdp.table.stochastic.nonzero().flatten().tolist()
+        if not self.steps:
+            raise ValueError(
+                f"PPO learns from the sampler's noise, and {env.mdp.table.name!r} at this noise level has none; make "
+                f"the env with noise_level > 0 (and a sampler that has noise), or use VADER, which needs none"
+            )
+        if config.baseline == "group" and env.group_size < 2:
+            raise ValueError(
+                f"baseline='group' compares videos of one prompt, but the env has group_size={env.group_size}; make "
+                f"it with group_size=8, or set baseline='batch'"
+            )
+        if env.num_envs < 2:
+            raise ValueError("num_envs is 1: SB3 normalises advantages within a minibatch, make the env with 2 or more")
+        if env.mdp.dtype != torch.float32:
+            raise ValueError(f"the env's latents are {env.mdp.dtype}, SB3 stores float32; make the env with that dtype")
+        self.env, self.policy, self.config = env, policy, config
+        self.batches = num_batches(config.videos_per_rollout, env, "videos_per_rollout")
+        self.parameters = policy.trainable_parameters()
+        self.critic = StateValue(env, seed=config.seed)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.vec_env = SB3VecEnv(env, episodes=self.batches, baseline=config.baseline, bound=config.action_bound)
+        rows = [b * env.num_steps + k for b in range(self.batches) for k in self.steps]
+        self.model = PPO(
+            DenoisingActorCritic,
+            self.vec_env,
+            learning_rate=config.learning_rate,
+            n_steps=env.num_steps * self.batches,
+            batch_size=env.num_envs,
+            n_epochs=config.num_inner_epochs,
+            gamma=1.0,
+            gae_lambda=config.gae_lambda,
+            clip_range=config.clip_range,
+            vf_coef=config.critic_coefficient,
+            max_grad_norm=config.max_grad_norm,
+            rollout_buffer_class=_StepwiseBuffer,
+            rollout_buffer_kwargs={"rows": rows, "generator": self.generator},
+            policy_kwargs={
+                "denoiser": policy,
+                "critic": self.critic,
+                "optimizer_class": torch.optim.AdamW,
+                "optimizer_kwargs": {
+                    "betas": config.betas,
+                    "eps": config.eps,
+                    "weight_decay": config.weight_decay,
+                },
+            },
+            seed=None,  # a number would seed the global generators of Python, numpy and torch
+            device=env.device,
+        )
+        self.model.set_logger(Logger(None, []))  # keeps the last values, prints and writes nothing
+        self.optimizer = self.model.policy.optimizer
+        self.optimizer.register_step_pre_hook(_refuse_bad_gradients)
+        start_stream(env, config.seed)  # from here on the env belongs to this algorithm
+
+    def update(self) -> dict[str, float]:
+        """Samples a rollout and learns from it: one `learn()` of SB3.
+
+        Returns:
+            reward_mean, reward_std, reward_group_std_mean, zero_std_fraction; SB3's own figures: loss (of the last
+            minibatch, critic included), loss_policy, loss_critic, clip_fraction (means over minibatches),
+            kl_old_nats (its estimate (r - 1) - log r of the last pass, in nats to second order, summed over noisy
+            steps), explained_variance (of the critic; 0 where it is not defined); learning_rate, optimiser_steps.
+
+        Raises:
+            FloatingPointError: the gradient is not finite; this optimiser step was not taken.
+            ValueError: an action reached the box, and SB3 would have changed it.
+        """
+        c = self.config
+        rows = self.model.n_steps * self.env.num_envs
+        self.model.learn(total_timesteps=rows, log_interval=None)
+        reward = torch.cat(self.vec_env.rewards)
+        found = {name.removeprefix("train/"): float(v) for name, v in self.model.logger.name_to_value.items()}
+        explained = found["explained_variance"]
+        # r = exp(mean difference): its estimate is 1/2 E[(log r)^2], D^2 times smaller than in nats
+        scale = math.prod(self.env.mdp.latent_shape) ** 2 * len(self.steps)
+        return {
+            **reward_metrics(reward, self.env.group_size),
+            "loss": found["loss"],
+            "loss_policy": found["policy_gradient_loss"],
+            "loss_critic": found["value_loss"],
+            "clip_fraction": found["clip_fraction"],
+            "kl_old_nats": found["approx_kl"] * scale,
+            "explained_variance": explained if math.isfinite(explained) else 0.0,
+            "learning_rate": c.learning_rate,
+            "optimiser_steps": float(c.num_inner_epochs * self.batches * len(self.steps)),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimiser, critic, generator and the env's stream; the policy's weights are saved with the policy."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "critic": dict(self.critic.state_dict()),
+            "generator": self.generator.get_state(),
+            "env": self.env.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on exactly where `state_dict()` was taken, given the policy's weights of that moment."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.critic.load_state_dict(state["critic"])
+        self.generator.set_state(state["generator"].cpu())
+        self.env.load_state_dict(state["env"])
+
+
+class SB3VecEnv(VecEnv):
+    """A `DenoisingVectorEnv` as SB3's vectorised environment: numpy arrays, standardised rewards, automatic resets.
+
+    All videos end together and are reset together. After `episodes` of them it is not reset any more: the final
+    observation stays (its value is never used, the episode being over), and no video is drawn before it is needed.
+
+    Args:
+        env: the vector env, driven by this object.
+        episodes: how often it is run between two calls of `reset`.
+        baseline: rewards are standardised over the "batch" or over each "group".
+        bound: of the box, see `DenoisingEnv`.
+    """
+
+    def __init__(self, env: Any, *, episodes: int, baseline: Baseline, bound: float) -> None:
+        single = DenoisingEnv(env, observe_embedding=False, action_bound=bound)  # for its spaces
+        self.env, self.episodes, self.baseline, self.bound = env, episodes, baseline, bound
+        self.rewards: list[Tensor] = []
+        """[B] of each episode since the last reset, as the reward model gave them"""
+        super().__init__(env.num_envs, single.observation_space, single.action_space)
+
+    def reset(self) -> dict[str, np.ndarray]:
+        self.rewards = []
+        return _arrays(self.env.reset()[0])
+
+    def step_async(self, actions: np.ndarray) -> None:
+        if not bool((np.abs(actions) < self.bound).all()):
+            raise ValueError(
+                f"an action reached action_bound={self.bound} (or is NaN), and SB3 clips to it without a word: the "
+                f"log-probability would be another action's. Raise action_bound, or look at the gradients"
+            )
+        self._action = torch.as_tensor(actions).to(self.env.device)
+
+    def step_wait(self) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        with torch.no_grad():
+            obs, reward, terminated, _, _ = self.env.step(self._action)
+        if bool(terminated.all()):
+            self.rewards.append(reward)
+            grouped = self.baseline == "group"
+            reward = group_advantages(reward, self.env.group_size) if grouped else batch_advantages(reward)
+            if len(self.rewards) < self.episodes:
+                obs, _ = self.env.reset()
+        infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        return _arrays(obs), reward.cpu().numpy(), terminated.cpu().numpy(), infos
+
+    def close(self) -> None:
+        self.env.close()
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        return [getattr(self.env, attr_name) for _ in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        setattr(self.env, attr_name, value)
+
+    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
+        """Calls the vector env's method once; there are no single environments behind it."""
+        found = getattr(self.env, method_name)(*args, **kwargs)
+        return [found for _ in self._get_indices(indices)]
+
+    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
+        return [False for _ in self._get_indices(indices)]
+
+
+class DenoisingActorCritic(ActorCriticPolicy):
+    """The denoiser as SB3's actor, with a small critic. Observations are SB3's: one number a video has shape [B, 1].
+
+    Args:
+        observation_space: of `SB3VecEnv`.
+        action_space: of `SB3VecEnv`.
+        lr_schedule: SB3's.
+        denoiser: from `env.make_policy`.
+        critic: values [B, 1] of latents, step and prompt_id.
+        kwargs: of `ActorCriticPolicy`.
+    """
+
+    def __init__(
+        self, observation_space: Any, action_space: Any, lr_schedule: Any, *, denoiser: Any, critic: Any, **kwargs: Any
+    ) -> None:
+        super().__init__(observation_space, action_space, lr_schedule, **kwargs)
+        self.__dict__["denoiser"] = denoiser  # no sub-module: SB3 may not switch its network to training mode
+        self.trainable = nn.ParameterList(denoiser.trainable_parameters())
+        self.critic = critic
+        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
+
+    def _build(self, lr_schedule: Any) -> None:
+        """None of SB3's networks: its linear layer to all latent elements would outweigh the denoiser."""
+
+    def forward(self, obs: Mapping[str, Tensor], deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Actions [B,C,F,H,W], values [B,1] and log-probabilities [B] (means over elements)."""
+        plain = _observation(obs)
+        dist = self.denoiser.dist(plain)
+        drawn = dist.mean if deterministic else dist.rsample(noise=_keyed_noise(plain))
+        return drawn, self._value(plain), dist.log_prob(drawn)
+
+    def evaluate_actions(self, obs: Mapping[str, Tensor], actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Values [B,1], log-probabilities [B] of actions [B,D] or [B,C,F,H,W], and entropies [B]."""
+        plain = _observation(obs)
+        dist = self.denoiser.dist(plain)
+        return self._value(plain), dist.log_prob(actions.reshape(plain["latents"].shape)), dist.entropy()
+
+    def predict_values(self, obs: Mapping[str, Tensor]) -> Tensor:
+        """Values [B,1]."""
+        return self._value(_observation(obs))
+
+    def _predict(self, observation: Mapping[str, Tensor], deterministic: bool = False) -> Tensor:
+        return self.forward(observation, deterministic)[0]
+
+    def _value(self, obs: Mapping[str, Tensor]) -> Tensor:
+        return self.critic(obs["latents"], obs["step"], obs["prompt_id"])
+
+
+class _StepwiseBuffer(DictRolloutBuffer):
+    """SB3's rollout buffer, dealt out in rows: one denoising step of one batch of videos.
+
+    Args:
+        args: of `DictRolloutBuffer`.
+        rows: the rows that are trained on.
+        generator: of their order.
+        kwargs: of `DictRolloutBuffer`.
+    """
+
+    def __init__(self, *args: Any, rows: list[int], generator: torch.Generator, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rows, self.generator = rows, generator
+
+    def get(self, batch_size: int | None = None) -> Iterator[DictRolloutBufferSamples]:
+        """The rows in random order, each of `batch_size` = n_envs videos."""
+        for i in torch.randperm(len(self.rows), generator=self.generator).tolist():
+            row = self.rows[i]
+            yield DictRolloutBufferSamples(
+                observations={name: self.to_torch(value[row]) for name, value in self.observations.items()},
+                actions=self.to_torch(self.actions[row]),
+                old_values=self.to_torch(self.values[row]),
+                old_log_prob=self.to_torch(self.log_probs[row]),
+                advantages=self.to_torch(self.advantages[row]),
+                returns=self.to_torch(self.returns[row]),
+            )
+
+
+def _refuse_bad_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Called by the optimiser before each step; SB3 itself would step on NaN."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+                optimizer.zero_grad(set_to_none=True)
+                raise FloatingPointError(
+                    "the gradient is not finite; the parameters were not changed. Lower the learning rate, or look at "
+                    "the reward, and go on from the last checkpoint"
+                )
+
+
+def _arrays(obs: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """As SB3 wants them: on the CPU, and [B, 1] where there is one number a video."""
+    return {name: (v if v.ndim > 1 else v[:, None]).cpu().numpy() for name, v in obs.items()}
+
+
+def _observation(obs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `_arrays`, for tensors."""
+    return {name: v if v.ndim > 2 else v[:, 0] for name, v in obs.items()}
+
+
+def _keyed_noise(obs: Mapping[str, Tensor]) -> Tensor:
+    return noise.normal(obs["video_seed"], obs["step"], obs["latents"].shape[1:]).to(obs["latents"])

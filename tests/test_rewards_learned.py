@@ -1,0 +1,133 @@
+"""The reward contract, held against every registered reward as published: real architectures, tiny and random."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vdm_env import check_reward, make
+from vdm_env.rewards import REWARDS, RewardContext, select_frames
+
+PROMPTS = ["playing piano in the rain", "riding scooter past a book", "chopping wood"]
+READ_PROMPTS = {"HPS", "HPSv2", "HPSv2.1", "PickScore", "CLIP", "Action", "ViCLIP", "ImageReward"}
+IGNORE_PROMPTS = {"Aesthetic", "Brightness", "JPEGCompressibility", "Compression", "Rainy", "Snowy"}
+IGNORE_PROMPTS |= {"ObjectRemoval", "ObjectRemovalDINO", "VJEPA", "VJEPA2"}
+# The chunk of these is a number of images or of videos.
+CHUNKED = ["HPS", "Aesthetic", "Compression", "Rainy", "ObjectRemoval", "ObjectRemovalDINO", "VJEPA", "VJEPA2"]
+CHUNKED += ["ViCLIP", "ImageReward"]
+
+every_reward = pytest.mark.parametrize("name", sorted(REWARDS))
+differentiable = pytest.mark.parametrize("name", sorted(n for n, e in REWARDS.items() if e.differentiable))
+
+
+def fresh(name: str, **changes: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return REWARDS[name].build(RewardContext(**({"weights": "random", "scale": "tiny", "seed": 5} | changes)))
+
+
+@functools.cache
+def built(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    return fresh(name, dtype=dtype)
+
+
+def videos(dtype: torch.dtype = torch.float32, count: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(count)
+    return (0.1 + 0.8 * torch.rand(count, 8, 3, 20, 28, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+@every_reward
+def test_contract(name: str) -> None:
+    """Range, one finite float a video, batch independence, untouched input, gradients: `check_reward` has them all."""
+    reward = built(name)
+    assert (reward.name, reward.differentiable) == (name, REWARDS[name].differentiable)
+    check_reward(reward, prompts=PROMPTS, size=(8, 20, 28))
+    scores = reward(videos(), PROMPTS)
+    assert scores.shape == (3,) and scores.dtype == torch.float32 and float(scores.std()) > 0
+    assert select_frames(reward.frames, 16, 0).numel() >= 1
+
+
+@every_reward
+def test_each_video_is_scored_against_its_own_prompt(name: str) -> None:
+    reward, video = built(name), videos()
+    table = torch.stack([reward(v.expand(3, *v.shape), PROMPTS) for v in video])  # [video, prompt]
+    torch.testing.assert_close(reward(video, PROMPTS), table.diagonal(), rtol=1e-4, atol=1e-5, check_stride=False)
+    spread = float((table - table[:, :1]).abs().max())
+    assert name not in READ_PROMPTS or spread > 1e-5
+    assert name not in IGNORE_PROMPTS or spread < 1e-5
+
+
+@differentiable
+def test_gradient_equals_finite_differences(name: str) -> None:
+    """In float64, along a random direction through two videos."""
+    reward = built(name, torch.float64)
+    video = videos(torch.float64, 2).requires_grad_(True)
+    scores = reward(video, PROMPTS[:2])
+    weights = torch.tensor([1.0, -0.5], dtype=scores.dtype)
+    (gradient,) = torch.autograd.grad((weights * scores).sum(), video)
+    direction = torch.randn(video.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    h = 1e-6
+    with torch.no_grad():
+        ends = [(weights * reward(video + s * h * direction, PROMPTS[:2])).sum() for s in (1, -1)]
+    numeric = (ends[0] - ends[1]) / (2 * h)
+    assert scores.dtype == torch.float64 and abs(float(numeric)) > 1e-8
+    torch.testing.assert_close((gradient * direction).sum(), numeric, rtol=1e-4, atol=1e-8)
+
+
+@every_reward
+def test_same_seed_same_bits(name: str) -> None:
+    state = torch.random.get_rng_state()
+    first, second = built(name), fresh(name)
+    assert torch.equal(first(videos(), PROMPTS), second(videos(), PROMPTS))
+    assert torch.equal(first(videos(), PROMPTS), first(videos(), PROMPTS))
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@differentiable
+def test_half_precision(name: str, dtype: torch.dtype) -> None:
+    """Scores stay float32 and near; the gradient is finite and points the same way."""
+    video = videos(count=2).requires_grad_(True)
+    exact, rough = (r(video, PROMPTS[:2]) for r in (built(name), fresh(name, dtype=dtype)))
+    scale = 100.0 if name in ("CLIP", "PickScore") else 1.0
+    torch.testing.assert_close(rough, exact, rtol=0.05, atol=0.05 * scale)
+    assert rough.dtype == torch.float32
+    wanted, given = (torch.autograd.grad(s.sum(), video)[0].flatten() for s in (exact, rough))
+    assert bool(torch.isfinite(given).all())
+    assert float(torch.nn.functional.cosine_similarity(wanted, given, dim=0)) > 0.5
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+def test_chunks_change_neither_scores_nor_gradients(name: str) -> None:
+    reward, video = fresh(name), videos().requires_grad_(True)
+    whole = reward(video, PROMPTS)
+    (gradient,) = torch.autograd.grad(whole.sum(), video)
+    for size in (1, 2):
+        reward.chunk_size = size
+        parts = reward(video, PROMPTS)
+        torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(torch.autograd.grad(parts.sum(), video)[0], gradient, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ObjectRemoval", "VJEPA", "ViCLIP", "ImageReward"])
+def test_impossible_chunks_are_refused(name: str) -> None:
+    reward = fresh(name)
+    reward.chunk_size = 0
+    with pytest.raises(ValueError, match="chunk_size must be at least 1.*got 0"):
+        reward(videos(), PROMPTS)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", sorted(n for n, e in REWARDS.items() if e.published))
+def test_environments_take_published_rewards_with_random_weights(name: str) -> None:
+    env = make(f"MovingShapes-{name}", weights="random", scale="tiny", num_envs=2, num_steps=1, seed=1)
+    assert env.mdp.reward.name == name
+    _, reward, terminated, _, _ = env.step(env.make_policy()(env.reset(seed=0)[0]))
+    assert bool(terminated.all()) and reward.shape == (2,) and bool(torch.isfinite(reward).all())
+    low, high = env.mdp.reward.range
+    assert bool(((reward >= low) & (reward <= high)).all())
