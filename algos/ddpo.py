@@ -30,6 +30,7 @@ from algos.training import (
     check_positive,
     num_batches,
     optimiser_step,
+    pick_preset,
     reward_metrics,
     start_stream,
 )
@@ -100,11 +101,9 @@ class DDPOConfig:
         Raises:
             ValueError: there are none for this model.
         """
-        settings = cls(learning_rate=5e-4, videos_per_rollout=64, updates_per_rollout=1, advantage="group")
-        presets = {"MovingShapes": settings}
-        if model not in presets:
-            raise ValueError(f"no DDPO preset for {model!r}, only for {', '.join(presets)}; write DDPOConfig(...)")
-        return presets[model]
+        settings = cls(learning_rate=2e-3, videos_per_rollout=64, updates_per_rollout=1, advantage="group")
+        presets = {"MovingShapes": settings, "MovingShapesUNet": settings}
+        return pick_preset(presets, model)
 
 
 class DDPO:

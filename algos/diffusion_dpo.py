@@ -27,6 +27,7 @@ from algos.training import (
     check_not_negative,
     check_positive,
     num_batches,
+    pick_preset,
     reward_metrics,
     start_stream,
 )
@@ -85,12 +86,9 @@ class DiffusionDPOConfig:
         Raises:
             ValueError: there are none for this model.
         """
-        presets = {"MovingShapes": cls(learning_rate=5e-4, warmup_steps=0, beta=500.0, pairs="all_pairs")}
-        if model not in presets:
-            raise ValueError(
-                f"no DiffusionDPO preset for {model!r}, only for {', '.join(presets)}; write DiffusionDPOConfig(...)"
-            )
-        return presets[model]
+        settings = cls(learning_rate=1e-3, warmup_steps=0, beta=500.0, pairs="all_pairs")
+        presets = {"MovingShapes": settings, "MovingShapesUNet": settings}
+        return pick_preset(presets, model)
 
 
 class DiffusionDPO:

@@ -42,6 +42,7 @@ from algos.training import (
     check_positive,
     num_batches,
     optimiser_step,
+    pick_preset,
     reward_metrics,
     start_stream,
 )
@@ -109,12 +110,9 @@ class DiffusionNFTConfig:
         Raises:
             ValueError: there are none for this model.
         """
-        presets = {"MovingShapes": cls(learning_rate=5e-4, videos_per_update=64)}
-        if model not in presets:
-            raise ValueError(
-                f"no DiffusionNFT preset for {model!r}, only for {', '.join(presets)}; write DiffusionNFTConfig(...)"
-            )
-        return presets[model]
+        settings = cls(learning_rate=5e-4, videos_per_update=64)
+        presets = {"MovingShapes": settings, "MovingShapesUNet": settings}
+        return pick_preset(presets, model)
 
 
 def old_policy_decay(step: int, kind: Decay) -> float:

@@ -37,6 +37,7 @@ from algos.training import (
     check_positive,
     num_batches,
     optimiser_step,
+    pick_preset,
     reward_metrics,
     start_stream,
 )
@@ -86,12 +87,9 @@ class DRaFTLVConfig:
         Raises:
             ValueError: there are none for this model.
         """
-        presets = {"MovingShapes": cls(learning_rate=5e-4, weight_decay=1e-2, videos_per_update=64)}
-        if model not in presets:
-            raise ValueError(
-                f"no DRaFT-LV preset for {model!r}, only for {', '.join(presets)}; write DRaFTLVConfig(...)"
-            )
-        return presets[model]
+        settings = cls(learning_rate=5e-4, weight_decay=1e-2, videos_per_update=64)
+        presets = {"MovingShapes": settings, "MovingShapesUNet": settings}
+        return pick_preset(presets, model)
 
 
 class DRaFTLV:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from algos.sde_window import Strategy
-from algos.training import check_choice, check_not_negative, check_positive
+from algos.training import check_choice, check_not_negative, check_positive, pick_preset
 
 Std = Literal["population", "unbiased"]
 KL = Literal["exact", "published"]
@@ -132,12 +132,9 @@ class FlowGRPOConfig:
         Raises:
             ValueError: there are none for this model.
         """
-        presets = {"MovingShapes": cls(learning_rate=5e-4, videos_per_rollout=64, kl_coefficient=0.0)}
-        if model not in presets:
-            raise ValueError(
-                f"no Flow-GRPO preset for {model!r}, only for {', '.join(presets)}; write FlowGRPOConfig(...)"
-            )
-        return presets[model]
+        settings = cls(learning_rate=1e-3, videos_per_rollout=64, kl_coefficient=0.0)
+        presets = {"MovingShapes": settings, "MovingShapesUNet": settings}
+        return pick_preset(presets, model)
 
     @classmethod
     def dance(cls, **changes: Any) -> FlowGRPOConfig:

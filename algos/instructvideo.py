@@ -39,6 +39,7 @@ from algos.training import (
     check_positive,
     num_batches,
     optimiser_step,
+    pick_preset,
     reward_metrics,
     start_stream,
 )
@@ -97,12 +98,9 @@ class InstructVideoConfig:
         Raises:
             ValueError: there are none for this model.
         """
-        presets = {"MovingShapes": cls(learning_rate=5e-4, videos_per_update=64)}
-        if model not in presets:
-            raise ValueError(
-                f"no InstructVideo preset for {model!r}, only for {', '.join(presets)}; write InstructVideoConfig(...)"
-            )
-        return presets[model]
+        settings = cls(learning_rate=5e-4, videos_per_update=64)
+        presets = {"MovingShapes": settings, "MovingShapesUNet": settings}
+        return pick_preset(presets, model)
 
 
 def choose_frames(video_seeds: Tensor, num_frames: int, segments: int, selection: Selection = "tsn") -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from algos.offline_pairs import PairLearner
 from algos.preference_data import PreferenceData
 from algos.preferences import Strategy
-from algos.training import check_choice, check_not_negative, check_positive
+from algos.training import check_choice, check_not_negative, check_positive, pick_preset
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,12 +80,8 @@ class OfflineDPOConfig:
             pairs_per_step=32,
             micro_batch=8,
         )
-        presets = {"MovingShapes": moving_shapes}
-        if model not in presets:
-            raise ValueError(
-                f"no OfflineDPO preset for {model!r}, only for {', '.join(presets)}; write OfflineDPOConfig(...)"
-            )
-        return presets[model]
+        presets = {"MovingShapes": moving_shapes, "MovingShapesUNet": moving_shapes}
+        return pick_preset(presets, model)
 
 
 class OfflineDPO:

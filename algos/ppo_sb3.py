@@ -43,6 +43,7 @@ from algos.training import (
     check_not_negative,
     check_positive,
     num_batches,
+    pick_preset,
     reward_metrics,
     start_stream,
 )
@@ -101,10 +102,9 @@ class SB3PPOConfig:
         Raises:
             ValueError: there are none for this model.
         """
-        presets = {"MovingShapes": cls(learning_rate=1e-4, videos_per_rollout=64, baseline="group")}
-        if model not in presets:
-            raise ValueError(f"no SB3PPO preset for {model!r}, only for {', '.join(presets)}; write SB3PPOConfig(...)")
-        return presets[model]
+        settings = cls(learning_rate=1e-4, videos_per_rollout=64, baseline="group")
+        presets = {"MovingShapes": settings, "MovingShapesUNet": settings}
+        return pick_preset(presets, model)
 
 
 class SB3PPO:

@@ -42,6 +42,7 @@ from algos.training import (
     check_positive,
     num_batches,
     optimiser_step,
+    pick_preset,
     reward_metrics,
     start_stream,
 )
@@ -126,12 +127,8 @@ class TorchRLPPOConfig:
             ValueError: there are none for this model.
         """
         settings = cls(learning_rate=5e-4, videos_per_rollout=64, num_inner_epochs=2, baseline="group", critic=False)
-        presets = {"MovingShapes": settings}
-        if model not in presets:
-            raise ValueError(
-                f"no TorchRLPPO preset for {model!r}, only for {', '.join(presets)}; write TorchRLPPOConfig(...)"
-            )
-        return presets[model]
+        presets = {"MovingShapes": settings, "MovingShapesUNet": settings}
+        return pick_preset(presets, model)
 
 
 class TorchRLPPO:

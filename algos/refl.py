@@ -36,6 +36,7 @@ from algos.training import (
     check_positive,
     num_batches,
     optimiser_step,
+    pick_preset,
     reward_metrics,
     start_stream,
 )
@@ -84,12 +85,9 @@ class ReFLConfig:
         Raises:
             ValueError: there are none for this model.
         """
-        presets = {
-            "MovingShapes": cls(learning_rate=5e-4, loss="one_minus", loss_coefficient=1.0, videos_per_update=64)
-        }
-        if model not in presets:
-            raise ValueError(f"no ReFL preset for {model!r}, only for {', '.join(presets)}; write ReFLConfig(...)")
-        return presets[model]
+        settings = cls(learning_rate=5e-4, loss="one_minus", loss_coefficient=1.0, videos_per_update=64)
+        presets = {"MovingShapes": settings, "MovingShapesUNet": settings}
+        return pick_preset(presets, model)
 
 
 class ReFL:

@@ -33,6 +33,7 @@ from algos.training import (
     check_positive,
     num_batches,
     optimiser_step,
+    pick_preset,
     reward_metrics,
     start_stream,
 )
@@ -92,10 +93,9 @@ class RWRConfig:
         Raises:
             ValueError: there are none for this model.
         """
-        presets = {"MovingShapes": cls(learning_rate=5e-4, beta=1.0, videos_per_update=64, videos_per_step=16)}
-        if model not in presets:
-            raise ValueError(f"no RWR preset for {model!r}, only for {', '.join(presets)}; write RWRConfig(...)")
-        return presets[model]
+        settings = cls(learning_rate=5e-4, beta=1.0, videos_per_update=64, videos_per_step=16)
+        presets = {"MovingShapes": settings, "MovingShapesUNet": settings}
+        return pick_preset(presets, model)
 
 
 class RWR:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
 from algos.advantages import zero_std_fraction
+
+Config = TypeVar("Config")
 
 
 def num_batches(videos: int, env: Any, name: str) -> int:
@@ -60,6 +62,22 @@ def check_choice(config: Any, name: str, choices: Any) -> None:
     value, allowed = getattr(config, name), get_args(choices)
     if value not in allowed:
         raise ValueError(f"{type(config).__name__}.{name} is {value!r}, expected one of {', '.join(allowed)}")
+
+
+def pick_preset(presets: Mapping[str, Config], model: str) -> Config:
+    """The settings of one model.
+
+    Args:
+        presets: configs of one class by name of the model, at least one.
+        model: `env.model.spec.name`.
+
+    Raises:
+        ValueError: there are none for this model.
+    """
+    if model not in presets:
+        name = type(next(iter(presets.values()))).__name__
+        raise ValueError(f"no {name} preset for {model!r}, only for {', '.join(presets)}; write {name}(...)")
+    return presets[model]
 
 
 def adamw(parameters: Sequence[Tensor], config: Any) -> torch.optim.AdamW:

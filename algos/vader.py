@@ -38,6 +38,7 @@ from algos.training import (
     check_positive,
     num_batches,
     optimiser_step,
+    pick_preset,
     reward_metrics,
     start_stream,
 )
@@ -165,10 +166,11 @@ class VADERConfig:
         Raises:
             ValueError: there are none for this model.
         """
-        presets = {"MovingShapes": cls(learning_rate=1e-3, backprop_steps=1, videos_per_update=64)}
-        if model not in presets:
-            raise ValueError(f"no VADER preset for {model!r}, only for {', '.join(presets)}; write VADERConfig(...)")
-        return presets[model]
+        presets = {
+            "MovingShapes": cls(learning_rate=1e-3, videos_per_update=64),
+            "MovingShapesUNet": cls(learning_rate=5e-4, videos_per_update=64),
+        }
+        return pick_preset(presets, model)
 
 
 def _check_gaussian(config: VADERConfig, num_steps: int) -> None:

@@ -28,7 +28,7 @@ from algos.preference_data import PairTable, PreferenceData
 from algos.preference_files import PreferenceWriter
 from algos.preference_sampling import sample_groups, sampling_settings
 from algos.preferences import Strategy, histogram_probabilities, pair_weights
-from algos.training import check_choice, check_not_negative, check_positive, reward_metrics
+from algos.training import check_choice, check_not_negative, check_positive, pick_preset, reward_metrics
 
 Probability = Literal["difference", "product"]
 
@@ -103,12 +103,8 @@ class VideoDPOConfig:
         moving_shapes = cls(
             prompts=320, learning_rate=5e-4, beta=500.0, optimiser_steps=4, pairs_per_step=32, micro_batch=8
         )
-        presets = {"MovingShapes": moving_shapes}
-        if model not in presets:
-            raise ValueError(
-                f"no VideoDPO preset for {model!r}, only for {', '.join(presets)}; write VideoDPOConfig(...)"
-            )
-        return presets[model]
+        presets = {"MovingShapes": moving_shapes, "MovingShapesUNet": moving_shapes}
+        return pick_preset(presets, model)
 
 
 def pair_probabilities(table: PairTable, reward: Tensor, kind: Probability = "difference", bins: int = 10) -> Tensor:

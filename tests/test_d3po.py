@@ -119,7 +119,7 @@ def test_the_loss_of_a_denoising_step_from_the_gaussians_themselves():
             with policy.reference():
                 old = policy.mean(obs)
         log_ratio = (((action - old) ** 2 - (action - new) ** 2) / (2 * std**2)).mean((1, 2, 3, 4))
-        margins = [2.0 * float(log_ratio[w] - log_ratio[l]) for w, l in pairs.tolist()]
+        margins = [2.0 * float(log_ratio[i] - log_ratio[j]) for i, j in pairs.tolist()]
         assert max(abs(m) for m in margins) > 0.01
         loss, metrics = algorithm._loss(rollout, pairs, k)
         expected = sum(math.log1p(math.exp(-m)) for m in margins) / len(margins)

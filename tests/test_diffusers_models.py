@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.families import NAMES, PROMPTS, latents, tiny
+from tests.families import NAMES, PROMPTS, latents, new_tiny, tiny
 from vdm_env import check_model, make
 from vdm_env.grids import flow_sigmas, linear_quadratic_sigmas, stretch_to_terminal
 from vdm_env.models import animatediff, cogvideox, hunyuan_video, ltx, mochi, wan
@@ -41,7 +41,7 @@ def test_rollout_reward_and_backward(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_contract_of_models(name: str) -> None:
-    model = tiny(name)
+    model = new_tiny(name)
     assert isinstance(model, VideoModel) and not model.denoiser.training
     check_model(model)
 

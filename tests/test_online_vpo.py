@@ -125,7 +125,7 @@ def test_training_moves_the_adapter_and_leaves_reference_and_network_alone(kind)
 def test_it_moves_to_the_better_side_and_further_than_with_a_fixed_reference(schedule):
     def final(refresh_every):
         env = gaussian_env(schedule, num_envs=64, group_size=8)
-        options = {"weight_decay": 0.0, "beta": 20.0, "videos_per_update": 64, "learning_rate": 0.05}
+        options = {"weight_decay": 0.0, "beta": 500.0, "videos_per_update": 64, "learning_rate": 0.05}
         vpo = vpo_on(env, full_policy(env), refresh_every=refresh_every, **options)
         rows = [vpo.update() for _ in range(30)]
         return rows[0]["reward_mean"], sum(row["reward_mean"] for row in rows[-5:]) / 5

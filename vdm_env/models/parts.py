@@ -62,10 +62,8 @@ class VideoCodec:
         """Mean and scale, each [C,1,1,1] or a single number, in the type of `like`."""
         config = self.vae.config
         scale = torch.tensor(float(config.get("scaling_factor") or 1.0), device=like.device, dtype=like.dtype)
-        mean, std = (
-            getattr(self.vae, name, None) if isinstance(getattr(self.vae, name, None), Tensor) else config.get(name)
-            for name in ("latents_mean", "latents_std")
-        )
+        stored = dict(self.vae.named_buffers(recurse=False))  # LTX-Video keeps them there, the others in the config
+        mean, std = (stored.get(name, config.get(name)) for name in ("latents_mean", "latents_std"))
         if mean is None or std is None:
             return torch.zeros_like(scale), scale
         mean, std = (torch.as_tensor(v).to(like).reshape(-1, 1, 1, 1) for v in (mean, std))
