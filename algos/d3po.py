@@ -35,6 +35,7 @@ from algos.training import (
     check_positive,
     num_batches,
     optimiser_step,
+    pick_preset,
     reward_metrics,
     start_stream,
 )
@@ -98,10 +99,9 @@ class D3POConfig:
         Raises:
             ValueError: there are none for this model.
         """
-        presets = {"MovingShapes": cls(learning_rate=5e-4, videos_per_update=64)}
-        if model not in presets:
-            raise ValueError(f"no D3PO preset for {model!r}, only for {', '.join(presets)}; write D3POConfig(...)")
-        return presets[model]
+        settings = cls(learning_rate=5e-4, videos_per_update=64)
+        presets = {"MovingShapes": settings, "MovingShapesUNet": settings}
+        return pick_preset(presets, model)
 
 
 class D3PO:

@@ -13,7 +13,7 @@ pair once, in the update that made it. Deviation: the published method learns fr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -86,8 +86,8 @@ class DiffusionDPOConfig:
         Raises:
             ValueError: there are none for this model.
         """
-        settings = cls(learning_rate=1e-3, warmup_steps=0, beta=500.0, pairs="all_pairs")
-        presets = {"MovingShapes": settings, "MovingShapesUNet": settings}
+        noise = cls(learning_rate=1e-3, warmup_steps=0, beta=500.0, pairs="all_pairs")
+        presets = {"MovingShapes": replace(noise, beta=100.0), "MovingShapesUNet": noise}
         return pick_preset(presets, model)
 
 

@@ -9,8 +9,10 @@ refreshed.
 
 Deviation: the published method learns from a fixed set of labelled images. Here an update samples videos and labels
 them by their rewards (`desirability`): better than the mean of their group, or of the update, or a threshold. So labels
-are relative to what the policy does now, except with a threshold, which a good policy leaves all its videos above. Of a
-group of equal rewards nothing is learned. The network is trained without guidance, videos are sampled with it.
+are relative to what the policy does now, except with a threshold, which a good policy leaves all its videos above. Only
+"group" compares like with like: with the others, videos of a prompt that always scores low are all undesirable, and the
+policy is pushed away from them without being told where to. Of equal rewards nothing is learned. The network is trained
+without guidance, videos are sampled with it.
 
 Deviation: q is of all videos of an optimiser step, whatever the memory; released is one for each backward pass. If a
 step takes more than one backward pass, q costs each video another forward pass.
@@ -35,6 +37,7 @@ from algos.training import (
     check_positive,
     num_batches,
     optimiser_step,
+    pick_preset,
     reward_metrics,
     start_stream,
 )
@@ -111,12 +114,9 @@ class DiffusionKTOConfig:
         Raises:
             ValueError: there are none for this model.
         """
-        presets = {"MovingShapes": cls(learning_rate=5e-4, warmup_steps=0, num_inner_epochs=2)}
-        if model not in presets:
-            raise ValueError(
-                f"no DiffusionKTO preset for {model!r}, only for {', '.join(presets)}; write DiffusionKTOConfig(...)"
-            )
-        return presets[model]
+        settings = cls(learning_rate=5e-4, warmup_steps=0, num_inner_epochs=2)
+        presets = {"MovingShapes": settings, "MovingShapesUNet": settings}
+        return pick_preset(presets, model)
 
 
 def desirability(
@@ -135,8 +135,15 @@ def desirability(
 
     Returns:
         desirable and labelled, bool [N] each.
+
+    Raises:
+        ValueError: labels="threshold" without one.
     """
     if labels == "threshold":
+        if threshold is None:
+            raise ValueError(
+                "labels='threshold' needs a threshold, a number in units of the reward; pass threshold=..."
+            )
         return reward > threshold, torch.ones_like(reward, dtype=torch.bool)
     groups = reward.reshape(-1, group_size if labels == "group" else len(reward))
     # Not "differs from the mean": the mean of equal numbers need not be that number to the last bit.

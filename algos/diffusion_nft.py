@@ -110,7 +110,7 @@ class DiffusionNFTConfig:
         Raises:
             ValueError: there are none for this model.
         """
-        settings = cls(learning_rate=5e-4, videos_per_update=64)
+        settings = cls(learning_rate=1e-3, videos_per_update=64)
         presets = {"MovingShapes": settings, "MovingShapesUNet": settings}
         return pick_preset(presets, model)
 

@@ -18,7 +18,7 @@ The network is trained without guidance, videos are sampled with it. No code was
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -33,6 +33,7 @@ from algos.training import (
     check_not_negative,
     check_positive,
     num_batches,
+    pick_preset,
     reward_metrics,
     start_stream,
 )
@@ -101,18 +102,14 @@ class OnlineVPOConfig:
 
     @classmethod
     def preset(cls, model: str) -> OnlineVPOConfig:
-        """Settings for a model by name, for an env with group_size=8; a starting point that was not tuned.
+        """Settings for a model by name, for an env with group_size=8.
 
         Raises:
             ValueError: there are none for this model.
         """
         small = cls(learning_rate=5e-4, beta=500.0, refresh_every=20, videos_per_update=64, optimiser_steps=4)
-        presets = {"MovingShapes": small}
-        if model not in presets:
-            raise ValueError(
-                f"no OnlineVPO preset for {model!r}, only for {', '.join(presets)}; write OnlineVPOConfig(...)"
-            )
-        return presets[model]
+        presets = {"MovingShapes": small, "MovingShapesUNet": replace(small, learning_rate=3e-4)}
+        return pick_preset(presets, model)
 
 
 def logit_normal_timesteps(schedule: FlowSchedule, count: int, generator: torch.Generator) -> Tensor:

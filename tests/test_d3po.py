@@ -14,6 +14,7 @@ from algos.d3po import D3PO, D3POConfig
 from algos.losses import d3po_loss
 from algos.preferences import preference_pairs
 from algos.rollout import collect
+from vdm_env.worlds.gaussian import TargetReward
 
 BOUND = 0.1 * (math.log(1.1) - math.log(0.9))
 
@@ -47,7 +48,7 @@ def test_the_loss_by_hand():
     log_prob = (reference + torch.tensor(log_ratios, dtype=torch.float64)).requires_grad_()
     margins = [0.1 * (0.05 + 0.02), 0.1 * (math.log(1.1) - 0.04)]
     loss, metrics = d3po_loss(log_prob, reference, 0.1, 0.1)
-    assert float(loss) == pytest.approx(sum(math.log(1 + math.exp(-m)) for m in margins) / 2, rel=1e-12)
+    assert loss.item() == pytest.approx(sum(math.log(1 + math.exp(-m)) for m in margins) / 2, rel=1e-12)
     assert float(metrics["margin"]) == pytest.approx(sum(margins) / 2, rel=1e-12)
     assert float(metrics["clip_fraction"]) == 0.25 and float(metrics["implicit_accuracy"]) == 1.0
     assert float(metrics["ratio_winner"]) == pytest.approx((math.exp(0.05) + math.exp(0.3)) / 2)
@@ -123,7 +124,7 @@ def test_the_loss_of_a_denoising_step_from_the_gaussians_themselves():
         assert max(abs(m) for m in margins) > 0.01
         loss, metrics = algorithm._loss(rollout, pairs, k)
         expected = sum(math.log1p(math.exp(-m)) for m in margins) / len(margins)
-        assert float(loss) == pytest.approx(expected, rel=1e-6)
+        assert loss.item() == pytest.approx(expected, rel=1e-6)
         assert float(metrics["implicit_accuracy"]) == sum(m > 0 for m in margins) / len(margins)
 
 
@@ -195,13 +196,14 @@ def test_groups_and_timesteps_are_dealt_into_optimiser_steps():
 @pytest.mark.parametrize(("pairs", "clip_range"), [("all_pairs", 0.1), ("best_vs_worst", None)])
 def test_it_moves_to_the_better_side_without_a_differentiable_reward(schedule, pairs, clip_range):
     def blind(video, prompts):
-        return -(video.mean((1, 2, 3, 4)) - 0.6).abs().detach()
+        return TargetReward(1.0)(video, prompts).detach()
 
     blind.differentiable = False
     env = gaussian_env(schedule, reward=blind, num_envs=32, group_size=8)
-    algorithm = d3po_on(env, full_policy(env), pairs=pairs, clip_range=clip_range, weight_decay=0.0)
+    options = {"weight_decay": 0.0, "learning_rate": 0.05}
+    algorithm = d3po_on(env, full_policy(env), pairs=pairs, clip_range=clip_range, **options)
     rows = [algorithm.update() for _ in range(25)]
-    assert sum(row["reward_mean"] for row in rows[-5:]) / 5 > 0.7 * rows[0]["reward_mean"]  # rewards are <= 0
+    assert sum(row["reward_mean"] for row in rows[-5:]) / 5 > 0.6 * rows[0]["reward_mean"]  # rewards are <= 0
     assert env.mdp.counters.reward_backward_queries == 0
     if clip_range:
         assert all(math.log1p(math.exp(-BOUND)) - 1e-6 <= row["loss"] <= math.log1p(math.exp(BOUND)) for row in rows)

@@ -278,9 +278,10 @@ def kto_loss(
             f"desirable_weight is {desirable_weight} and undesirable_weight {undesirable_weight}, expected numbers "
             f">= 0, one of them > 0 (Diffusion-KTO: 1 and 1)"
         )
-    sign = torch.where(desirable, 1.0, -1.0).to(change)
-    weight = torch.where(desirable, desirable_weight, undesirable_weight).to(change)
-    z = sign * beta * (-change - torch.as_tensor(offset).detach().to(change))
+    good = desirable.to(change)
+    weight = desirable_weight * good + undesirable_weight * (1 - good)
+    offset = torch.as_tensor(offset, dtype=change.dtype, device=change.device).detach()
+    z = (2 * good - 1) * beta * (-change - offset)
     if utility == "kto":
         value = torch.sigmoid(z)
     elif utility == "loss_averse":
