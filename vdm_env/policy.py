@@ -31,7 +31,6 @@ from vdm_env.config import check_guidance
 from vdm_env.distribution import MeanNormal
 from vdm_env.errors import CorruptWeightsError
 from vdm_env.mdp import DenoisingMDP
-from vdm_env.memory import activations_in_main_memory
 from vdm_env.models.base import VideoModel
 
 Observation = Mapping[str, Tensor]
@@ -51,8 +50,6 @@ class DenoisingPolicy(nn.Module):
         lora_targets: endings of the linear layers' names; the model's own default if None.
         guidance_scale: classifier-free guidance w of `mean` and of sampling; 1 is none.
         gradient_checkpointing: recompute the network in the backward pass instead of storing its activations.
-        offload_activations: keep what is stored for the backward pass in main memory, see `vdm_env.memory`; with
-            gradient_checkpointing that is each call's inputs.
         seed: of the adapter's initial values.
 
     Raises:
@@ -68,7 +65,6 @@ class DenoisingPolicy(nn.Module):
         lora_targets: Sequence[str] | None = None,
         guidance_scale: float = 1.0,
         gradient_checkpointing: bool = False,
-        offload_activations: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -80,7 +76,6 @@ class DenoisingPolicy(nn.Module):
         self._mdp = mdp
         self.guidance_scale = float(guidance_scale)
         self.gradient_checkpointing = gradient_checkpointing
-        self.offload_activations = offload_activations
         self.lora_rank = lora_rank
         self._reference_on = False
         self._snapshot: dict[str, Tensor] = {}
@@ -161,11 +156,10 @@ class DenoisingPolicy(nn.Module):
             # graph that waits for its backward pass keeps its gradients.
             return torch.func.functional_call(_Predictor(model), snapshot, (x, t, condition))
 
-        with activations_in_main_memory(self._model.denoiser, self.offload_activations and torch.is_grad_enabled()):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                output = checkpoint(call, x, t, use_reentrant=False, preserve_rng_state=False)
-            else:
-                output = call(x, t)
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            output = checkpoint(call, x, t, use_reentrant=False, preserve_rng_state=False)
+        else:
+            output = call(x, t)
         if output.requires_grad:
 
             def count_backward(gradient: Tensor) -> None:
@@ -233,9 +227,9 @@ class DenoisingPolicy(nn.Module):
 
     def _named_trainable(self) -> list[tuple[str, nn.Parameter]]:
         """Names as in `_Predictor`, in a fixed order."""
-        if self.lora_rank:
-            return [(f"denoiser.{n}", p) for n, p in self._named_adapter()]
-        return [(f"denoiser.{n}", p) for n, p in self._model.denoiser.named_parameters() if p.requires_grad]
+        named = self._model.denoiser.named_parameters()
+        named = self._named_adapter() if self.lora_rank else [(n, p) for n, p in named if p.requires_grad]
+        return [(f"denoiser.{n}", p) for n, p in named]
 
     def _plain(self, name: str) -> str:
         """A trainable parameter's name in saved states, which another policy of the same shape can read."""
