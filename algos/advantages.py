@@ -32,13 +32,15 @@ def batch_advantages(reward: Tensor, *, eps: float = 1e-8) -> Tensor:
 
     Args:
         reward: [B], finite.
-        eps: keeps a batch of equal rewards at zero advantage.
+        eps: added to the std.
 
     Returns:
-        [B], constant for autograd.
+        [B], constant for autograd; a batch of equal rewards has zero advantage.
     """
     _check_reward(reward)
     reward = reward.detach()
+    if reward.amax() == reward.amin():  # their mean is not quite that number, and eps would make an advantage of it
+        return torch.zeros_like(reward)
     return (reward - reward.mean()) / (reward.std(correction=0) + eps)
 
 
@@ -79,7 +81,9 @@ def group_advantages(
     if std not in ("population", "unbiased", "none"):
         raise ValueError(f"std is {std!r}, expected 'population', 'unbiased' or 'none'")
     groups = reward.detach().reshape(-1, group_size)
-    centred = groups - groups.mean(1, keepdim=True)
+    differ = groups.amax(1, keepdim=True) > groups.amin(1, keepdim=True)
+    # the mean of equal numbers is not that number to the last bit, and a small eps would make an advantage of it
+    centred = torch.where(differ, groups - groups.mean(1, keepdim=True), 0.0)
     if std == "none":
         return centred.reshape(-1)
     correction = 1 if std == "unbiased" else 0
@@ -156,6 +160,7 @@ class PerPromptTracker:
             buffer = self._buffers.setdefault(prompt, deque(maxlen=self.buffer_size))
             buffer.extend(rewards[rows].tolist())
             known = torch.tensor(list(buffer), dtype=torch.float64) if len(buffer) >= self.min_count else rewards
+            # in float64 and with this eps the rounding of the mean of equal rewards stays without effect
             advantage[rows] = (rewards[rows] - known.mean()) / (known.std(correction=0) + self.EPS)
         return advantage.to(reward)
 

@@ -1,20 +1,29 @@
-"""Checkpoints without pickle: tensors in safetensors, everything else in JSON, put in place in one rename.
+"""Checkpoints without pickle: tensors in safetensors, the rest in JSON, checksums of all, put in place by one rename.
 
-A folder `checkpoint/` holds `tensors.safetensors`, `state.json` and `policy/` (what `policy.save` writes).
+A checkpoint is a folder with `tensors.safetensors`, `state.json`, `policy/` (what `policy.save` writes) and
+`manifest.json`, which lists size and SHA-256 of the others and is written last.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 _TENSOR, _TUPLE, _ITEMS = "__tensor__", "__tuple__", "__items__"
+_MANIFEST = "manifest.json"
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint is there, but its files are not the ones that were written."""
 
 
 def split_tensors(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
@@ -53,10 +62,14 @@ def split_tensors(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def join_tensors(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """The inverse of `split_tensors`."""
+    """The inverse of `split_tensors`; each tensor is a copy in memory of its own.
+
+    What safetensors returns lies in a mapped file at any multiple of 8 bytes. An optimiser that keeps it would compute
+    on memory aligned otherwise than in the run that was saved, and hold the file open.
+    """
     if isinstance(tree, dict):
         if _TENSOR in tree:
-            return tensors[tree[_TENSOR]]
+            return tensors[tree[_TENSOR]].clone()
         if _TUPLE in tree:
             return tuple(join_tensors(value, tensors) for value in tree[_TUPLE])
         if _ITEMS in tree:
@@ -66,26 +79,36 @@ def join_tensors(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
 
 
 def save_checkpoint(folder: Path, state: Mapping[str, Any], policy: Any | None = None) -> None:
-    """Writes a checkpoint so that a crash leaves either the old or the new one, never half of one.
+    """Writes a checkpoint so that a crash, also of the machine, leaves the old or the new one, never half of one.
 
     Args:
-        folder: usually `<run>/checkpoint`.
+        folder: of the checkpoint; one that is there is replaced.
         state: see `split_tensors`.
         policy: has `save(folder)`; its adapter goes to `<folder>/policy`.
+
+    Raises:
+        TypeError: the state holds something that cannot be written.
+        OSError, SafetensorError: a full disk, for instance; what was written is removed, the old one stays.
     """
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    tensors: dict[str, torch.Tensor] = {}
-    tree = split_tensors(state, tensors)
-    (new / "state.json").write_text(json.dumps(tree), encoding="utf-8")
-    save_file(tensors, str(new / "tensors.safetensors"))
-    if policy is not None:
-        policy.save(new / "policy")
+    try:
+        new.mkdir(parents=True)
+        tensors: dict[str, torch.Tensor] = {}
+        tree = split_tensors(state, tensors)
+        (new / "state.json").write_text(json.dumps(tree), encoding="utf-8")
+        save_file(tensors, str(new / "tensors.safetensors"))
+        if policy is not None:
+            policy.save(new / "policy")
+        _seal(new)
+    except Exception:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     new.rename(folder)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -94,11 +117,69 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no checkpoint.
+        DamagedCheckpointError: a file is missing, or is not the one that was written.
     """
     if not folder.exists():
         # A crash between the two renames leaves only the old one.
         folder = folder.with_name(folder.name + ".old")
-    if not (folder / "state.json").exists():
-        raise FileNotFoundError(f"no checkpoint at {folder.with_suffix('')}: it holds no state.json")
-    tree = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    return join_tensors(tree, load_file(str(folder / "tensors.safetensors")))
+    if not folder.exists():
+        raise FileNotFoundError(f"no checkpoint at {folder.with_suffix('')}")
+    _verify(folder)
+    try:
+        tree = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return join_tensors(tree, load_file(str(folder / "tensors.safetensors")))
+    except (ValueError, KeyError, OSError, SafetensorError) as error:
+        raise DamagedCheckpointError(f"checkpoint {folder} cannot be read: {error}") from error
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _seal(folder: Path) -> None:
+    """Writes the manifest of all files, once they are on the disk."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {}
+    for path in paths:
+        sync(path)
+        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    manifest = folder / _MANIFEST
+    manifest.write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
+    sync(manifest)
+    for inside in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
+        sync(inside)
+
+
+def _verify(folder: Path) -> None:
+    """Compares all files with the manifest.
+
+    Raises:
+        DamagedCheckpointError: see `load_checkpoint`.
+    """
+    try:
+        files = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["files"]
+        expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+    except FileNotFoundError:
+        raise DamagedCheckpointError(f"checkpoint {folder} is not complete: it has no {_MANIFEST}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {_MANIFEST} cannot be read") from error
+    for name, (size, digest) in expected.items():
+        path = folder / name
+        if not path.is_file():
+            raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {name} is missing")
+        if path.stat().st_size != size:
+            raise DamagedCheckpointError(
+                f"checkpoint {folder} is damaged: {name} has {path.stat().st_size} bytes instead of {size}"
+            )
+        if _sha256(path) != digest:
+            raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {name} has another checksum than its own")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -99,7 +99,7 @@ class D3POConfig:
         Raises:
             ValueError: there are none for this model.
         """
-        settings = cls(learning_rate=5e-4, videos_per_update=64)
+        settings = cls(learning_rate=1e-3, videos_per_update=64)
         presets = {"MovingShapes": settings, "MovingShapesUNet": settings}
         return pick_preset(presets, model)
 
@@ -117,12 +117,12 @@ class D3PO:
     """
 
     def __init__(self, env: Any, policy: Any, config: D3POConfig) -> None:
-        self.steps = env.mdp.table.stochastic.nonzero().flatten().tolist()
+        self.steps = env.mdp.base_table.stochastic.nonzero().flatten().tolist()
         if not self.steps:
             raise ValueError(
-                f"D3PO compares how likely noisy denoising steps are, and {env.mdp.table.name!r} at this noise level "
-                f"has none; make the env with noise_level > 0 (and a sampler that has noise), or use DiffusionDPO, "
-                f"which needs none"
+                f"D3PO compares how likely noisy denoising steps are, and {env.mdp.base_table.name!r} at this noise "
+                f"level has none; make the env with noise_level > 0 (and a sampler that has noise), or use "
+                f"DiffusionDPO, which needs none"
             )
         if env.group_size < 2:
             raise ValueError(
@@ -199,6 +199,7 @@ class D3PO:
         steps = self._deal_steps()
         total = sum(len(pairs) for _, pairs in parts) * len(steps)
         totals = dict.fromkeys(METRICS, 0.0)
+        self.optimizer.zero_grad(set_to_none=True)  # of a step that failed half-way, out of memory for instance
         for rollout, pairs in parts:
             for k in steps:
                 loss, metrics = self._loss(rollout, pairs, k)

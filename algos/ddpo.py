@@ -13,7 +13,6 @@ ratio before the first update is 1 exactly, not up to rounding.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,6 +27,7 @@ from algos.training import (
     check_choice,
     check_not_negative,
     check_positive,
+    free_elements,
     num_batches,
     optimiser_step,
     pick_preset,
@@ -61,9 +61,9 @@ class DDPOConfig:
     advantage: Statistic = "per_prompt"
     """rewards are normalised by the prompt's latest ("per_prompt"), by the env's "group", or by the "batch" """
     tracker_buffer_size: int = 16
-    """latest rewards kept per prompt"""
+    """of "per_prompt": latest rewards kept of each prompt"""
     tracker_min_count: int = 16
-    """below this count a prompt is normalised by the batch"""
+    """of "per_prompt": below this count a prompt is normalised by the batch"""
     videos_per_rollout: int = 256
     """videos sampled before the policy changes; a multiple of env.num_envs"""
     updates_per_rollout: int = 4
@@ -91,8 +91,11 @@ class DDPOConfig:
                 f"DDPOConfig.timestep_fraction is {self.timestep_fraction} and clip_range {self.clip_range}, "
                 f"expected at most 1 and less than 1"
             )
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise ValueError(f"DDPOConfig.micro_batch is {self.micro_batch}, expected >= 1, or None for env.num_envs")
+        if self.micro_batch is not None:
+            check_positive(self, "micro_batch")
+        if self.advantage == "per_prompt":
+            check_positive(self, "tracker_buffer_size", "tracker_min_count")
+            PerPromptTracker(self.tracker_buffer_size, self.tracker_min_count)  # refuses a count it could never reach
 
     @classmethod
     def preset(cls, model: str) -> DDPOConfig:
@@ -101,7 +104,7 @@ class DDPOConfig:
         Raises:
             ValueError: there are none for this model.
         """
-        settings = cls(learning_rate=2e-3, videos_per_rollout=64, updates_per_rollout=1, advantage="group")
+        settings = cls(learning_rate=1e-3, videos_per_rollout=64, updates_per_rollout=1, advantage="group")
         presets = {"MovingShapes": settings, "MovingShapesUNet": settings}
         return pick_preset(presets, model)
 
@@ -120,10 +123,12 @@ class DDPO:
     """
 
     def __init__(self, env: Any, policy: Any, config: DDPOConfig) -> None:
-        self.steps = env.mdp.table.stochastic.nonzero().flatten().tolist()
+        # the env's own table: `env.mdp.table` is that of its last reset, which may have had other noise levels
+        table = env.mdp.base_table
+        self.steps: list[int] = table.stochastic.nonzero().flatten().tolist()
         if not self.steps:
             raise ValueError(
-                f"DDPO learns from the sampler's noise, and {env.mdp.table.name!r} at this noise level has none; make "
+                f"DDPO learns from the sampler's noise, and {table.name!r} at this noise level has none; make "
                 f"the env with noise_level > 0 (and a sampler that has noise), or use VADER, which needs none"
             )
         if config.advantage == "group" and env.group_size < 2:
@@ -142,7 +147,9 @@ class DDPO:
             )
         self.parameters = policy.trainable_parameters()
         self.optimizer = adamw(self.parameters, config)
-        self.tracker = PerPromptTracker(config.tracker_buffer_size, config.tracker_min_count)
+        self.tracker: PerPromptTracker | None = None
+        if config.advantage == "per_prompt":
+            self.tracker = PerPromptTracker(config.tracker_buffer_size, config.tracker_min_count)
         self.generator = torch.Generator().manual_seed(config.seed)
         start_stream(env, config.seed)  # from here on the env belongs to this algorithm
 
@@ -182,7 +189,7 @@ class DDPO:
 
     def _advantages(self, reward: Tensor, prompt_id: Tensor) -> Tensor:
         c = self.config
-        if c.advantage == "per_prompt":
+        if self.tracker:
             advantage = self.tracker.update(prompt_id.tolist(), reward)
         elif c.advantage == "group":
             advantage = group_advantages(reward, self.env.group_size)
@@ -228,7 +235,7 @@ class DDPO:
         _, metrics = clipped_surrogate(log_prob, log_prob_old, advantage, self.config.clip_range)
         values = {name: float(value) for name, value in metrics.items()}
         # 0.5 E[(log r)^2] is the KL to second order, for log-ratios in nats; these are means over the elements
-        nats = values.pop("approx_kl") * math.prod(self.env.mdp.latent_shape) ** 2 * len(self.steps)
+        nats = values.pop("approx_kl") * free_elements(self.env) ** 2 * len(self.steps)
         loss = float(torch.stack([row[3] for row in seen]).sum()) / len(log_prob)
         return {**values, "kl_old_nats": nats, "loss": loss, "ratio_first_error": float((first - 1).abs().max())}
 
@@ -238,7 +245,7 @@ class DDPO:
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "env": self.env.state_dict(),
-            "tracker": self.tracker.state_dict(),
+            "tracker": (self.tracker or PerPromptTracker()).state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -246,4 +253,5 @@ class DDPO:
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"].cpu())
         self.env.load_state_dict(state["env"])
-        self.tracker.load_state_dict(state["tracker"])
+        if self.tracker:
+            self.tracker.load_state_dict(state["tracker"])

@@ -4,8 +4,9 @@
 
 An update samples groups of videos of one prompt, makes pairs of them by their rewards, and trains on noised videos:
 winner and loser of a pair share the noise and the timestep. m and r are denoising errors of the policy and of the
-untrained model (see `losses.dpo_loss`). Only the order of the rewards counts, and neither gradients of the reward nor
-noise of the sampler are needed. The network is trained without guidance, videos are sampled with it.
+reference (see `losses.dpo_loss`), which is the policy's: the untrained model unless it was refreshed. Only the order of
+the rewards counts, and neither gradients of the reward nor noise of the sampler are needed. The network is trained
+without guidance, videos are sampled with it.
 
 Pairs are kept in a replay buffer and used again, as in VADER's baseline (arXiv:2407.08737); `on_policy=True` uses each
 pair once, in the update that made it. Deviation: the published method learns from a fixed set of labelled pairs.
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from algos.pairs import Pairs, count_pairs, join_pairs, mean_rows, pair_step, paired_loss, warmed_up
+from algos.pairs import Pairs, count_pairs, draw_noise, join_pairs, mean_rows, pair_step, paired_loss, warmed_up
 from algos.preferences import Strategy, preference_pairs
 from algos.training import (
     adamw,
@@ -37,8 +38,8 @@ from algos.training import (
 class DiffusionDPOConfig:
     """Defaults: the released Stable Diffusion 1.5 launcher's where it has such a setting, full fine-tuning."""
 
-    learning_rate: float = 2.048e-5
-    """of AdamW after the warm-up: published as 1e-8 times the 2048 pairs of a step"""
+    learning_rate: float = 3.2e-7
+    """of AdamW after the warm-up: published as 1e-8 times the pairs of a step, there 2048, here 32"""
     betas: tuple[float, float] = (0.9, 0.999)
     """of AdamW"""
     weight_decay: float = 1e-2
@@ -64,7 +65,7 @@ class DiffusionDPOConfig:
     pairs_per_step: int = 32
     """pairs of one optimiser step, drawn without replacement; all pairs while the buffer has fewer"""
     micro_batch: int = 8
-    """pairs per backward pass (twice as many videos), the knob for memory"""
+    """pairs per backward pass (twice as many videos), the knob for memory; changes results by rounding alone"""
     seed: int = 0
     """of the env's stream of prompts and noise, of pairs, timesteps and training noise"""
 
@@ -145,7 +146,9 @@ class DiffusionDPO:
         sampled = [self._sample() for _ in range(self.batches)]
         new = join_pairs([pairs for _, pairs in sampled])
         if not c.on_policy:
-            self.buffer = {name: value[-c.buffer_pairs :] for name, value in join_pairs([self.buffer, new]).items()}
+            # cloned: a slice would keep what was cut off in memory
+            joined = join_pairs([self.buffer, new])
+            self.buffer = {name: value[-c.buffer_pairs :].clone() for name, value in joined.items()}
         rows = [self._step(pairs) for pairs in self._deal(new)]
         return {
             **reward_metrics(torch.cat([reward for reward, _ in sampled]), self.env.group_size),
@@ -189,7 +192,7 @@ class DiffusionDPO:
         row = pair_step(
             self.optimizer,
             self.parameters,
-            pairs,
+            {**pairs, **draw_noise(count_pairs(pairs), self.env.mdp, self.generator)},
             self._loss,
             micro_batch=self.config.micro_batch,
             learning_rate=self._learning_rate(self.steps_taken),
@@ -206,13 +209,14 @@ class DiffusionDPO:
         return warmed_up(self.config.learning_rate, step, self.config.warmup_steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimiser, its steps, generator, env's stream and buffer; the policy's weights are saved with the policy."""
+        """Optimiser, its steps, generator, env's stream, buffer, reference; the policy's weights are saved with it."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "steps_taken": self.steps_taken,
             "generator": self.generator.get_state(),
             "env": self.env.state_dict(),
             "buffer": dict(self.buffer),
+            "reference": self.policy.reference_state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -220,12 +224,14 @@ class DiffusionDPO:
 
         Raises:
             ValueError: the saved buffer is larger than buffer_pairs: the state is of another configuration.
+            CorruptWeightsError: the saved reference is of another policy. Nothing was changed in either case.
         """
         if count_pairs(state["buffer"]) > self.config.buffer_pairs:
             raise ValueError(
                 f"the saved buffer holds {count_pairs(state['buffer'])} pairs, more than "
                 f"buffer_pairs={self.config.buffer_pairs}; continue with the buffer_pairs it was saved with"
             )
+        self.policy.load_reference_state_dict(state["reference"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps_taken = int(state["steps_taken"])
         self.generator.set_state(state["generator"].cpu())

@@ -20,15 +20,17 @@ step takes more than one backward pass, q costs each video another forward pass.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from algos.losses import error_change, kto_loss, kto_offset
 from algos.losses.preference import Offset, Utility
-from algos.pairs import warmed_up
+from algos.pairs import draw_noise, noise_of, warmed_up
+from algos.preferences import check_vector
 from algos.rollout import sample_videos
 from algos.training import (
     adamw,
@@ -83,9 +85,10 @@ class DiffusionKTOConfig:
     num_inner_epochs: int = 1
     """passes over the videos, each with new timesteps and noise"""
     videos_per_step: int = 32
-    """videos of one optimiser step, drawn without replacement (published: 8 on 4 devices)"""
+    """videos of one optimiser step at most, drawn without replacement; all steps get as many, give or take one
+    (published: 8 on 4 devices)"""
     micro_batch: int = 16
-    """videos per backward pass, the knob for memory"""
+    """videos per backward pass, the knob for memory; changes results by rounding alone"""
     seed: int = 0
     """of the env's stream of prompts and noise, of shuffling, timesteps and training noise"""
 
@@ -114,7 +117,7 @@ class DiffusionKTOConfig:
         Raises:
             ValueError: there are none for this model.
         """
-        settings = cls(learning_rate=5e-4, warmup_steps=0, num_inner_epochs=2)
+        settings = cls(learning_rate=1e-3, warmup_steps=0, num_inner_epochs=2)
         presets = {"MovingShapes": settings, "MovingShapesUNet": settings}
         return pick_preset(presets, model)
 
@@ -137,14 +140,23 @@ def desirability(
         desirable and labelled, bool [N] each.
 
     Raises:
-        ValueError: labels="threshold" without one.
+        TypeError, ValueError: bad rewards (NaN too), unknown labels, labels="threshold" without a threshold, or a
+            group_size that does not divide N.
     """
+    check_vector(reward, "reward")
+    if labels not in get_args(Comparison):
+        raise ValueError(f"labels is {labels!r}, expected one of {', '.join(get_args(Comparison))}")
     if labels == "threshold":
         if threshold is None:
             raise ValueError(
                 "labels='threshold' needs a threshold, a number in units of the reward; pass threshold=..."
             )
         return reward > threshold, torch.ones_like(reward, dtype=torch.bool)
+    if labels == "group" and (group_size < 1 or reward.numel() % group_size):
+        raise ValueError(
+            f"group_size is {group_size} for {reward.numel()} rewards, expected a divisor: the videos of one prompt "
+            f"are neighbours; pass the env's group_size"
+        )
     groups = reward.reshape(-1, group_size if labels == "group" else len(reward))
     # Not "differs from the mean": the mean of equal numbers need not be that number to the last bit.
     differ = groups.amax(1, keepdim=True) > groups.amin(1, keepdim=True)
@@ -202,7 +214,9 @@ class DiffusionKTO:
         rows = []
         for _ in range(c.num_inner_epochs if len(kept) else 0):
             order = kept[torch.randperm(len(kept), generator=self.generator)]
-            rows += [self._step(clean[i], prompt_id[i], desirable[i]) for i in order.split(c.videos_per_step)]
+            # not split(): its last step could be a single video, whose reference point would be its own change
+            steps = order.tensor_split(math.ceil(len(order) / c.videos_per_step))
+            rows += [self._step(clean[i], prompt_id[i], desirable[i]) for i in steps]
         return {
             **reward_metrics(reward, size),
             "videos_labelled": float(len(kept)),
@@ -216,7 +230,10 @@ class DiffusionKTO:
         """One optimiser step on some videos, at timesteps and noise drawn anew; metrics are means over them."""
         c = self.config
         width = c.micro_batch
-        parts = [self._noised(x0, p) for x0, p in zip(clean.split(width), prompt_id.split(width), strict=True)]
+        self.optimizer.zero_grad(set_to_none=True)  # of a step that failed half-way, out of memory for instance
+        drawn = draw_noise(len(clean), self.env.mdp, self.generator)
+        columns = (clean, prompt_id, drawn["noise_seed"], drawn["t"])
+        parts = [self._noised(*part) for part in zip(*(column.split(width) for column in columns), strict=True)]
         labels = desirable.to(self.env.device).split(width)
         references = [self._reference(part) for part in parts]
         # The offset is of all videos, so they come first; the graph of a single part is kept and used.
@@ -236,11 +253,11 @@ class DiffusionKTO:
         values = {"loss": loss, **metrics, "offset": offset, "grad_norm": norm}
         return {name: float(value) for name, value in values.items()}
 
-    def _noised(self, clean: Tensor, prompt_id: Tensor) -> Noised:
+    def _noised(self, clean: Tensor, prompt_id: Tensor, noise_seed: Tensor, t: Tensor) -> Noised:
         mdp = self.env.mdp
         x0 = clean.to(self.env.device)
-        noise = torch.randn(clean.shape, generator=self.generator).to(x0)
-        t = mdp.schedule.sample_timesteps(len(x0), self.generator).to(x0.device)
+        noise = noise_of(noise_seed, clean.shape[1:]).to(x0)
+        t = t.to(x0.device)
         return mdp.add_noise(x0, noise, t), t, prompt_id, mdp.target(x0, noise, t)
 
     def _reference(self, part: Noised) -> Tensor:

@@ -34,6 +34,7 @@ from torch import Tensor
 from algos.advantages import group_advantages
 from algos.losses import nft_loss, optimality_probability
 from algos.losses.forward_process import AdvantageMode
+from algos.reward_checks import check_one_clip
 from algos.rollout import sample_videos
 from algos.training import (
     adamw,
@@ -140,10 +141,11 @@ class DiffusionNFT:
         config: see `DiffusionNFTConfig`.
 
     Raises:
-        ValueError: an env without groups, or whose batch does not divide videos_per_update.
+        ValueError: an env without groups, of several clips, or whose batch does not divide videos_per_update.
     """
 
     def __init__(self, env: Any, policy: Any, config: DiffusionNFTConfig) -> None:
+        check_one_clip(env, "DiffusionNFT")
         if env.group_size < 2:
             raise ValueError(
                 f"DiffusionNFT compares videos of one prompt, but the env has group_size={env.group_size}; make it "
@@ -281,4 +283,5 @@ class DiffusionNFT:
         self.steps_taken = int(state["steps_taken"])
         self.generator.set_state(state["generator"].cpu())
         self.env.load_state_dict(state["env"])
-        self.old = [saved.to(old) for saved, old in zip(state["old"], self.old, strict=True)]
+        # copies: `update` changes them in place, and the state stays the caller's
+        self.old = [saved.to(old, copy=True) for saved, old in zip(state["old"], self.old, strict=True)]

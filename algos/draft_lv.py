@@ -87,7 +87,7 @@ class DRaFTLVConfig:
         Raises:
             ValueError: there are none for this model.
         """
-        settings = cls(learning_rate=5e-4, weight_decay=1e-2, videos_per_update=64)
+        settings = cls(learning_rate=1e-3, weight_decay=1e-2, videos_per_update=64)
         presets = {"MovingShapes": settings, "MovingShapesUNet": settings}
         return pick_preset(presets, model)
 

@@ -10,14 +10,14 @@ With a window (MixGRPO, Flow-GRPO-Fast; see `algos.sde_window`) only `window_siz
 noise and are trained; the others follow the ODE. It is set anew for each update by the env's own noise levels.
 
 Deviations: no EMA of the weights, a random subset of timesteps is drawn for each optimiser step instead of each video,
-and "cps" is scored by its true density. The KL is by default the true one per element; the published form leaves out
-the time step and is `kl="published"`. Before the first update r = 1 exactly; where only part of a batch is trained
-(best_of_n, groups of equal rewards, micro_batch), the network sees another batch size and r = 1 up to rounding.
+and "cps" is scored by its true density. On flow samplers the KL is by default the published one, which is -dt times the
+true one per element (`kl="exact"`); other samplers have no published form and get the true one. Before the first
+update r = 1 exactly; where only part of a batch is trained (best_of_n, groups of equal rewards, micro_batch), the
+network sees another batch size and r = 1 up to rounding.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from algos.advantages import clip_advantages, group_advantages
 from algos.flow_grpo_config import FlowGRPOConfig
 from algos.losses import clipped_surrogate, kl_penalty
 from algos.rollout import Rollout, collect
-from algos.training import adamw, num_batches, optimiser_step, reward_metrics, start_stream
+from algos.training import adamw, free_elements, num_batches, optimiser_step, reward_metrics, start_stream
 from vdm_env import transition
 
 __all__ = ["FlowGRPO", "FlowGRPOConfig", "best_and_worst"]
@@ -56,6 +56,16 @@ def best_and_worst(reward: Tensor, group_size: int, count: int | None) -> Tensor
     return (ends + first).flatten().sort().values
 
 
+def _check_weights(config: FlowGRPOConfig, names: list[str]) -> None:
+    """Raises ValueError for weights that are not one for each part; without names nothing is known yet."""
+    weights = config.part_weights
+    if names and weights is not None and set(weights) != set(names):
+        raise ValueError(
+            f"part_weights are for {sorted(weights)}, the parts of the env's reward are {sorted(names)}; "
+            f"give one weight for each part (0 leaves it out)"
+        )
+
+
 class FlowGRPO:
     """Group-relative policy gradient over an env's noisy denoising steps.
 
@@ -66,8 +76,8 @@ class FlowGRPO:
 
     Raises:
         ValueError: an env without noise or groups, a window outside its noisy steps, best_of_n beyond the group,
-            advantage="parts" for a reward that has none, a published KL without a flow model, or a rollout that the
-            env's batch does not divide as asked.
+            advantage="parts" for a reward that has none, part_weights for other parts, a published KL without a flow
+            model, or a rollout that the env's batch does not divide as asked.
     """
 
     def __init__(self, env: Any, policy: Any, config: FlowGRPOConfig) -> None:
@@ -93,6 +103,9 @@ class FlowGRPO:
                 f"advantage='parts' normalises each part of a reward, and {env.mdp.reward.name!r} has only one; make "
                 f"the env with reward=WeightedSum([...]), or set advantage='reward'"
             )
+        if config.advantage == "parts":
+            # a `WeightedSum` says what its parts are; of another reward the first rollout does
+            _check_weights(config, [part.reward.name for part in getattr(env.mdp.reward, "terms", ())])
         if config.kl == "published" and config.kl_coefficient and table.dt is None:
             raise ValueError(f"kl='published' is defined for flow samplers, the env has {table.name!r}; use kl='exact'")
         self.env, self.policy, self.config = env, policy, config
@@ -119,11 +132,14 @@ class FlowGRPO:
         c, mdp, steps = self.config, self.env.mdp, self.env.num_steps
         if c.window_size is None:
             return None
-        mdp.make_table(self.env.config.num_steps, self.env.config.sampler, self._levels())  # refuses fixed noise
         name = mdp.base_table.name
+        places = sde_window.window_places(c.window_size, c.window_start, c.window_end, self.noisy, steps, name)
+        # refuses noise that cannot be switched off outside the window, before any video is sampled
+        inside = sde_window.levels_inside(self._levels(), range(places[0], places[0] + c.window_size))
+        mdp.make_table(self.env.config.num_steps, self.env.config.sampler, inside)
         return sde_window.SDEWindow(
             size=c.window_size,
-            places=sde_window.window_places(c.window_size, c.window_start, c.window_end, self.noisy, steps, name),
+            places=places,
             strategy=c.window_strategy,
             shift=c.window_shift,
             iterations=c.window_iterations,
@@ -162,7 +178,8 @@ class FlowGRPO:
 
         Raises:
             FloatingPointError: the gradient is not finite; this optimiser step was not taken.
-            ValueError: part_weights that are not for the parts of the env's reward; nothing was learned.
+            ValueError: part_weights that are not for the parts of the env's reward, where only its scores tell them;
+                nothing was learned.
         """
         c, window = self.config, self.window()
         levels = None if window is None else sde_window.levels_inside(self._levels(), window)
@@ -172,9 +189,11 @@ class FlowGRPO:
         ]
         self._table = self.env.mdp.table
         reward = torch.cat([rollout.reward for rollout in rollouts])
-        advantage, differ = self._advantages(rollouts)
-        advantages = advantage.chunk(self.batches)
-        chosen = [self._chosen(r.reward, d) for r, d in zip(rollouts, differ.chunk(self.batches), strict=True)]
+        total, differ = self._advantages(rollouts)
+        advantages = clip_advantages(total, c.adv_clip_max).chunk(self.batches)
+        # best and worst are what is learned from says, which the weights of the env's reward need not agree with
+        ranking = (reward if c.advantage == "reward" else total).chunk(self.batches)
+        chosen = [self._chosen(r, d) for r, d in zip(ranking, differ.chunk(self.batches), strict=True)]
         seen: list[tuple[Tensor, ...]] = []
         norms = []
         for _ in range(c.num_inner_epochs):
@@ -207,15 +226,11 @@ class FlowGRPO:
             return [(1.0, torch.cat([rollout.reward for rollout in rollouts]))]
         names = list(rollouts[0].parts)
         weights = dict.fromkeys(names, 1.0) if c.part_weights is None else c.part_weights
-        if set(weights) != set(names):
-            raise ValueError(
-                f"part_weights are for {sorted(weights)}, the parts of the env's reward are {sorted(names)}; "
-                f"give one weight for each part (0 leaves it out)"
-            )
+        _check_weights(c, names)
         return [(weights[name], torch.cat([rollout.parts[name] for rollout in rollouts])) for name in names]
 
     def _advantages(self, rollouts: list[Rollout]) -> tuple[Tensor, Tensor]:
-        """Advantages [N], and whether anything differs within the video's group, bool [N]."""
+        """Advantages [N], not clipped, and whether anything differs within the video's group, bool [N]."""
         c, size = self.config, self.env.group_size
         terms = self._normalised(rollouts)
         total = torch.zeros_like(terms[0][1])
@@ -226,14 +241,13 @@ class FlowGRPO:
             advantage = group_advantages(values, size, std=c.std, global_std=c.global_std, eps=c.std_eps)
             groups = values.reshape(-1, size)
             differ = (groups.amax(1) > groups.amin(1)).repeat_interleave(size)
-            # the mean of equal numbers is not that number to the last bit, and eps = 1e-8 would make an advantage of it
-            total = total + weight * torch.where(differ, advantage, 0.0)
+            total = total + weight * advantage
             differs = differs | differ
-        return clip_advantages(total, c.adv_clip_max), differs
+        return total, differs
 
-    def _chosen(self, reward: Tensor, differ: Tensor) -> Tensor:
-        """Places of a batch's videos that are trained on, ascending."""
-        rows = best_and_worst(reward, self.env.group_size, self.config.best_of_n)
+    def _chosen(self, ranking: Tensor, differ: Tensor) -> Tensor:
+        """Places of a batch's videos that are trained on, ascending; the higher in `ranking` the better."""
+        rows = best_and_worst(ranking, self.env.group_size, self.config.best_of_n)
         return rows[differ[rows]] if self.config.filter_equal_groups else rows
 
     def _deal_steps(self, window: list[int] | None) -> list[int]:
@@ -277,7 +291,7 @@ class FlowGRPO:
         """[B], of the policy to the reference at this step; carries the gradient."""
         with torch.no_grad(), self.policy.reference():
             reference = self.policy.dist(obs)
-        if self.config.kl == "exact":
+        if self.config.kl == "exact" or self._table.dt is None:
             return dist.kl(reference, reduction="mean")
         return transition.flow_grpo_kl(self._table, dist.mean, reference.mean, obs["step"])
 
@@ -290,7 +304,7 @@ class FlowGRPO:
         _, metrics = clipped_surrogate(log_prob, log_prob_old, advantage, self.config.clip_range)
         values = {name: float(value) for name, value in metrics.items()}
         # 0.5 E[(log r)^2] is the KL to second order, for log-ratios in nats; these are means over the elements
-        values["kl_old_nats"] = values.pop("approx_kl") * math.prod(self.env.mdp.latent_shape) ** 2 * steps
+        values["kl_old_nats"] = values.pop("approx_kl") * free_elements(self.env) ** 2 * steps
         values["loss"] = float(torch.stack([row[4] for row in seen]).sum()) / len(log_prob)
         return {**values, "kl_reference": float(kl.mean()), "ratio_first_error": float((first - 1).abs().max())}
 

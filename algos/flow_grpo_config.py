@@ -10,7 +10,7 @@ from algos.sde_window import Strategy
 from algos.training import check_choice, check_not_negative, check_positive, pick_preset
 
 Std = Literal["population", "unbiased"]
-KL = Literal["exact", "published"]
+KL = Literal["auto", "published", "exact"]
 Choice = Literal["first", "random"]
 Normalised = Literal["reward", "parts"]
 
@@ -50,9 +50,11 @@ class FlowGRPOConfig:
     best_of_n: int | None = None
     """videos of each group that are trained on, half the best and half the worst; an even number; None: all"""
     kl_coefficient: float = 0.04
-    """beta of the KL to the reference; 0 saves the reference's forward pass"""
-    kl: KL = "exact"
-    """"exact": KL per element; "published": Flow-GRPO's, which is -dt times that (flow models only; beta is for it)"""
+    """beta of the KL to the reference; 0 saves the reference's forward pass. Published 0.04, which belongs to the
+    published form; of the exact one about 0.04 / S pulls as hard over S steps"""
+    kl: KL = "auto"
+    """"published": Flow-GRPO's form, for flow samplers only; "exact": KL per element, 1 / -dt times that; "auto": the
+    published form on flow samplers, the exact one on others, which have no published beta either"""
     old_kl_coefficient: float = 0.0
     """of 0.5 (log r)^2, a pull to the policy that sampled (MixGRPO's kl_coeff); 0 at the first optimiser step"""
     timestep_fraction: float = 0.99
@@ -101,7 +103,7 @@ class FlowGRPOConfig:
         for name, choices in (("std", Std), ("kl", KL), ("timestep_choice", Choice), ("window_strategy", Strategy)):
             check_choice(self, name, choices)
         check_choice(self, "advantage", Normalised)
-        for name in ("micro_batch", "window_size", "best_of_n"):
+        for name in ("micro_batch", "window_size", "window_end", "best_of_n"):
             if getattr(self, name) is not None:
                 check_positive(self, name)
         if self.timestep_fraction > 1 or self.clip_range >= 1:

@@ -98,7 +98,7 @@ class InstructVideoConfig:
         Raises:
             ValueError: there are none for this model.
         """
-        settings = cls(learning_rate=5e-4, videos_per_update=64)
+        settings = cls(learning_rate=1e-3, videos_per_update=64)
         presets = {"MovingShapes": settings, "MovingShapesUNet": settings}
         return pick_preset(presets, model)
 
@@ -127,6 +127,20 @@ def score_frames(reward: Reward, video: Tensor, prompts: list[str]) -> Tensor:
     return score_parts(reward, video.flatten(0, 1).unsqueeze(1), texts)[0].unflatten(0, (len(video), count))
 
 
+def _check_frame_wise(env: Any) -> None:
+    """Scores one grey frame, not counted as a query; raises ValueError if the reward cannot."""
+    mdp = env.mdp
+    frame = torch.full((1, 1, 3, mdp.height, mdp.width), 0.5, device=mdp.device, dtype=mdp.dtype)
+    try:
+        with torch.no_grad():
+            score_frames(mdp.reward, frame, [mdp.prompts[0]])
+    except ValueError as error:
+        raise ValueError(
+            f"InstructVideo scores single frames, and the reward {mdp.reward.name!r} cannot ({error}); choose HPS, "
+            f"PickScore or Aesthetic, or VADER, which scores whole videos"
+        ) from error
+
+
 class InstructVideo:
     """Reward fine-tuning by partial denoising of given videos.
 
@@ -139,9 +153,9 @@ class InstructVideo:
             made anew for each batch.
 
     Raises:
-        ValueError: a reward without gradients, an env of several clips, a part of the chain without steps or shorter
-            than backprop_steps, more segments than frames, videos of another size or for a model that animates images,
-            or videos_per_update that the env's batch does not divide.
+        ValueError: a reward without gradients or that cannot score one frame, an env of several clips, a part of the
+            chain without steps or shorter than backprop_steps, more segments than frames, videos of another size or for
+            a model that animates images, or videos_per_update that the env's batch does not divide.
     """
 
     def __init__(self, env: Any, policy: Any, config: InstructVideoConfig, videos: VideoSet | None = None) -> None:
@@ -174,6 +188,7 @@ class InstructVideo:
                 f"the given videos are {tuple(videos.videos.shape[1:])} (frames, 3, height, width), the env's {size}; "
                 f"bring them to that size, as algos.video_set.from_folder does"
             )
+        _check_frame_wise(env)
         self.env, self.policy, self.config, self.videos = env, policy, config, videos
         self.start_step = env.num_steps - steps
         self.batches = num_batches(config.videos_per_update, env, "videos_per_update")
@@ -218,7 +233,7 @@ class InstructVideo:
         clean, prompts = self._own() if self.videos is None else self._given(self.videos)
         eps, shared = (torch.randn(clean.shape, generator=self.generator) for _ in range(2))
         eps = eps + self.config.offset_noise * shared[..., :1, :1]
-        t = mdp.table.timesteps[step].expand(len(clean))
+        t = mdp.base_table.timesteps[step].expand(len(clean))
         noised = mdp.add_noise(clean, eps.to(clean), t)
         return self.env.reset(options={"latents": noised, "step": step, **prompts})[0]
 

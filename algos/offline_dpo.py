@@ -2,10 +2,13 @@
 
     L = mean over pairs of -log sigmoid( -beta/2 [ (m_w - m_l) - (r_w - r_l) ] )
 
-m and r are the denoising errors of the policy and of the untrained model on noised videos; winner and loser of a pair
-share the noise and the timestep, and a pair has one margin (see `losses.dpo_loss`). No video is sampled and no reward
-is asked: `preference_sampling.build_preferences` makes the data, or `preference_files.PreferenceWriter` takes videos
-and labels from elsewhere.
+m and r are the denoising errors on noised videos of the policy and of the reference, which is the policy's: the
+untrained model unless it was refreshed. Winner and loser of a pair share the noise and the timestep, and a pair has one
+margin (see `losses.dpo_loss`). No video is sampled and no reward is asked: `preference_sampling.build_preferences` makes
+the data, or `preference_files.PreferenceWriter` takes videos and labels from elsewhere.
+
+So a run itself pays for learning alone. What making the data has cost is stored with them and reported by every update
+(data_device_s and others, see `offline_pairs`); add it where methods are compared by cost.
 """
 
 from __future__ import annotations
@@ -52,7 +55,7 @@ class OfflineDPOConfig:
     pairs_per_step: int = 2048
     """pairs of one optimiser step; drawn in passes over all pairs, each in a new order"""
     micro_batch: int = 1
-    """pairs per backward pass (twice as many videos), the knob for memory"""
+    """pairs per backward pass (twice as many videos), the knob for memory; changes results by rounding alone"""
     seed: int = 0
     """of random pairs, the order of pairs, timesteps and training noise"""
 
@@ -104,13 +107,15 @@ class OfflineDPO:
         drawn = torch.Generator().manual_seed(config.seed)
         table = self.data.pairs(config.pairs, drawn, reward=config.rank_by, groups=config.groups)
         self.learner = PairLearner(env, policy, config)
+        self.learner.data_cost = self.data.cost(config.groups)
         self.learner.open(self.data, table)
 
     def update(self) -> dict[str, float]:
         """Takes the optimiser steps.
 
         Returns:
-            See `offline_pairs.PairLearner.train`; no reward is among them, because no video is sampled.
+            See `offline_pairs.PairLearner.train`; no reward is among them, because no video is sampled. data_device_s
+            and the like are what making the data has cost.
 
         Raises:
             FloatingPointError: the gradient is not finite; this optimiser step was not taken.
@@ -118,7 +123,7 @@ class OfflineDPO:
         return self.learner.train()
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimiser, its steps, generator and a hash of the pairs; the policy's weights are saved with the policy."""
+        """See `offline_pairs.PairLearner.state_dict`; the policy's weights are saved with the policy."""
         return self.learner.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -126,5 +131,6 @@ class OfflineDPO:
 
         Raises:
             ValueError: the state was taken with other pairs.
+            CorruptWeightsError: the saved reference is of another policy.
         """
         self.learner.load_state_dict(state)

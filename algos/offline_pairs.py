@@ -1,4 +1,10 @@
-"""Optimiser steps on preference pairs that are on disk; what the offline preference algorithms share."""
+"""Optimiser steps on preference pairs that are on disk; what the offline preference algorithms share.
+
+Data that were found have been paid for by whoever made them. `PairLearner.data_cost` is what they cost
+(`preference_files.COSTS`); every update reports it as data_device_s, data_videos_sampled, data_reward_queries and
+data_denoiser_forwards, the same numbers each time: a run's start, which a comparison by cost adds to the run's own.
+Data that do not say what they cost (videos from elsewhere) leave the four out.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from algos.pairs import Pairs, epoch_rows, mean_rows, pair_step, paired_loss, warmed_up
+from algos.pairs import Pairs, draw_noise, epoch_rows, mean_rows, pair_step, paired_loss, warmed_up
 from algos.preference_data import PairTable, PreferenceData
+from algos.preference_files import COSTS
 from algos.training import adamw
 
 
@@ -18,9 +25,13 @@ class PairLearner:
 
     Args:
         env: its MDP noises latents and knows the prompts; no episode is run.
-        policy: its trainable parameters are the ones that move, its reference is the model to stay close to.
+        policy: its trainable parameters are the ones that move, its reference is the model to stay close to: the
+            untrained one unless it was refreshed.
         config: has learning_rate, betas, weight_decay, eps, max_grad_norm, warmup_steps, beta, optimiser_steps,
             pairs_per_step, micro_batch and seed.
+
+    Attributes:
+        data_cost: see the module; 0 of everything until an algorithm says otherwise, None: not known.
     """
 
     def __init__(self, env: Any, policy: Any, config: Any) -> None:
@@ -28,7 +39,9 @@ class PairLearner:
         self.parameters = policy.trainable_parameters()
         self.optimizer = adamw(self.parameters, config)
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.steps_taken = 0
+        self.order_seed = config.seed
+        self.steps_taken = self.drawn = 0  # optimiser steps, and rows of the passes over the pairs
+        self.data_cost: dict[str, float] | None = dict.fromkeys(COSTS, 0.0)
         self.digest = ""
         self._saved_digest = ""
         self.weight: Tensor | None = None
@@ -58,6 +71,10 @@ class PairLearner:
         self.digest = found.hexdigest()
         self._check_digest()
 
+    def close(self) -> None:
+        """From here on it has no pairs."""
+        self.digest, self.weight = "", None
+
     @property
     def ready(self) -> bool:
         """Whether there are pairs to learn from."""
@@ -69,7 +86,8 @@ class PairLearner:
         Returns:
             pairs (of the data), epoch (passes over them so far); loss, implicit_accuracy, margin, winner_error_change,
             loser_error_change (see `losses.dpo_loss`) and grad_norm (before clipping) as means over the steps;
-            learning_rate of the last step; optimiser_steps.
+            learning_rate of the last step; optimiser_steps; where the data say it data_device_s, data_videos_sampled,
+            data_reward_queries, data_denoiser_forwards (see the module).
 
         Raises:
             FloatingPointError: the gradient is not finite; this optimiser step was not taken.
@@ -85,62 +103,75 @@ class PairLearner:
         pairs = len(self.table) if self.ready else 0
         return {
             "pairs": float(pairs),
-            "epoch": self._drawn / pairs if pairs else 0.0,
+            "epoch": self.drawn / pairs if pairs else 0.0,
             **mean_rows(rows),
             "learning_rate": self._learning_rate(max(self.steps_taken - 1, 0)),
             "optimiser_steps": float(len(rows)),
+            **{f"data_{name}": value for name, value in (self.data_cost or {}).items()},
         }
-
-    @property
-    def _drawn(self) -> int:
-        return self.steps_taken * self.config.pairs_per_step
 
     def _step(self) -> dict[str, float]:
         c = self.config
-        rows = epoch_rows(len(self.table), self._drawn, c.pairs_per_step, c.seed)
+        rows = epoch_rows(len(self.table), self.drawn, c.pairs_per_step, self.order_seed)
         row = pair_step(
             self.optimizer,
             self.parameters,
-            {"row": rows},  # latents are read part by part
+            {"row": rows, **draw_noise(len(rows), self.env.mdp, self.generator)},  # latents are read part by part
             self._loss,
             micro_batch=c.micro_batch,
             learning_rate=self._learning_rate(self.steps_taken),
             max_grad_norm=c.max_grad_norm,
         )
         self.steps_taken += 1
+        self.drawn += len(rows)
         return row
 
     def _loss(self, rows: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
         pairs = self.data.load(self.table, rows["row"], self.prompt_ids, self.weight)
+        pairs |= {name: value for name, value in rows.items() if name != "row"}
         return paired_loss(self.env.mdp, self.policy, pairs, self.config.beta, self.generator)
 
     def _learning_rate(self, step: int) -> float:
         return warmed_up(self.config.learning_rate, step, self.config.warmup_steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimiser, its steps, generator and a hash of the pairs; neither the data nor the policy's weights."""
+        """All but the data and the policy's weights: optimiser, place in the passes over the pairs, a hash of them."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "steps_taken": self.steps_taken,
+            "drawn": self.drawn,
+            "order_seed": self.order_seed,
             "generator": self.generator.get_state(),
+            "reference": self.policy.reference_state_dict(),
             "pairs": self.digest,
+            "data_cost": self.data_cost,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on exactly where `state_dict()` was taken, given the policy's weights of that moment.
 
+        The seed is the saved one, and so is the cost of the data.
+
         Raises:
             ValueError: the state was taken with other pairs.
+            CorruptWeightsError: the saved reference is of another policy. Nothing was changed in either case.
         """
-        self._saved_digest = str(state["pairs"])
-        self._check_digest()
+        before, self._saved_digest = self._saved_digest, str(state["pairs"])
+        try:
+            self._check_digest()
+            self.policy.load_reference_state_dict(state["reference"])
+        except ValueError:
+            self._saved_digest = before
+            raise
         self.optimizer.load_state_dict(state["optimizer"])
-        self.steps_taken = int(state["steps_taken"])
+        self.steps_taken, self.drawn = int(state["steps_taken"]), int(state["drawn"])
+        self.order_seed = int(state["order_seed"])
+        self.data_cost = None if state["data_cost"] is None else dict(state["data_cost"])
         self.generator.set_state(state["generator"].cpu())
 
     def _check_digest(self) -> None:
         if self._saved_digest and self.digest and self._saved_digest != self.digest:
             raise ValueError(
                 f"the state was saved while learning from other pairs than those of {self.data.folder}; continue with "
-                f"the data, number of groups, strategy, weights and seed it was saved with"
+                f"the data, number of groups, strategy, weights and (of random pairs) seed it was saved with"
             )

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from algos.pairs import Pairs, mean_rows, pair_step, paired_loss, warmed_up
+from algos.pairs import Pairs, count_pairs, draw_noise, mean_rows, pair_step, paired_loss, warmed_up
 from algos.preferences import Strategy, preference_pairs
 from algos.rollout import sample_videos
 from algos.training import (
@@ -74,7 +74,7 @@ class OnlineVPOConfig:
     optimiser_steps: int = 1
     """per update, each on all its pairs with new noise and timesteps (published: 1, every pair is used once)"""
     micro_batch: int = 8
-    """pairs per backward pass (twice as many videos), the knob for memory"""
+    """pairs per backward pass (twice as many videos), the knob for memory; changes results by rounding alone"""
     seed: int = 0
     """of the env's stream of prompts and noise, of pairs, timesteps and training noise"""
 
@@ -201,10 +201,11 @@ class OnlineVPO:
     def _step(self, pairs: Pairs) -> dict[str, float]:
         """One optimiser step, after which the reference may be refreshed; metrics are means over the pairs."""
         c = self.config
+        drawn = draw_noise(count_pairs(pairs), self.env.mdp, self.generator, self._draw)
         row = pair_step(
             self.optimizer,
             self.parameters,
-            pairs,
+            {**pairs, **drawn},
             self._loss,
             micro_batch=c.micro_batch,
             learning_rate=self._learning_rate(self.steps_taken),
@@ -216,12 +217,16 @@ class OnlineVPO:
         return row
 
     def _loss(self, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
-        draw = self._logit_normal if self.logit_normal else None
-        loss, metrics = paired_loss(self.env.mdp, self.policy, pairs, self.config.beta, self.generator, timesteps=draw)
+        mdp, beta = self.env.mdp, self.config.beta
+        loss, metrics = paired_loss(mdp, self.policy, pairs, beta, self.generator, timesteps=self._draw)
         return self.config.loss_scale * loss, metrics
 
-    def _logit_normal(self, count: int, generator: torch.Generator) -> Tensor:
-        return logit_normal_timesteps(self.env.mdp.schedule, count, generator)
+    def _draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Timesteps [count]."""
+        schedule = self.env.mdp.schedule
+        if self.logit_normal:
+            return logit_normal_timesteps(schedule, count, generator)
+        return schedule.sample_timesteps(count, generator)
 
     def _learning_rate(self, step: int) -> float:
         """Of optimiser step 0, 1, ..."""

@@ -17,8 +17,8 @@ from algos.training import optimiser_step
 from vdm_env import noise as keyed_noise
 
 Pairs = dict[str, Tensor]
-"""winner and loser, clean latents [P,C,F,H,W]; prompt_id [P]; where pairs count differently also weight [P]. On the
-CPU, one row a pair. Empty dict: no pairs"""
+"""winner and loser, clean latents [P,C,F,H,W]; prompt_id [P]; where pairs count differently also weight [P]; once they
+were drawn noise_seed and t [P], see `draw_noise`. On the CPU, one row a pair. Empty dict: no pairs"""
 PairLoss = Callable[[Pairs], tuple[Tensor, dict[str, Tensor]]]
 """pairs to their mean loss, with its graph, and detached metrics named PAIR_METRICS"""
 Timesteps = Callable[[int, torch.Generator], Tensor]
@@ -38,6 +38,32 @@ def join_pairs(parts: Sequence[Pairs]) -> Pairs:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
+def draw_noise(
+    count: int, mdp: Any, generator: torch.Generator, timesteps: Timesteps | None = None
+) -> dict[str, Tensor]:
+    """Noise and timesteps of one optimiser step, drawn for all its rows before they are dealt into backward passes.
+
+    The noise is given by seeds, so that a step of any size costs no memory, and its gradient does not depend on
+    `micro_batch` but for the order of sums.
+
+    Args:
+        count: rows of the step, >= 1.
+        mdp: has `schedule.sample_timesteps`.
+        generator: CPU generator of the seeds, and then of timesteps.
+        timesteps: how they are drawn; None: `mdp.schedule.sample_timesteps`, as models of the family are trained.
+
+    Returns:
+        noise_seed int64 [count], for `noise_of`, and t [count], on the CPU.
+    """
+    seeds = torch.randint(2**62, (count,), generator=generator)
+    return {"noise_seed": seeds, "t": (timesteps or mdp.schedule.sample_timesteps)(count, generator)}
+
+
+def noise_of(noise_seed: Tensor, shape: Sequence[int]) -> Tensor:
+    """Standard normal training noise [B, *shape] of seeds [B], float32 on the CPU, each row of its own seed alone."""
+    return keyed_noise.normal(noise_seed, 0, shape)
+
+
 def paired_loss(
     mdp: Any,
     policy: Any,
@@ -46,7 +72,7 @@ def paired_loss(
     generator: torch.Generator,
     timesteps: Timesteps | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Diffusion-DPO's loss of P pairs at timesteps and noise drawn anew, see `losses.dpo_loss`.
+    """Diffusion-DPO's loss of P pairs at their timesteps and noise, see `losses.dpo_loss`.
 
     Winner and loser of a pair are noised with ONE draw of noise at ONE timestep: their errors then differ by the
     videos alone. The network runs without guidance, on [2P] videos with the winners first; the reference on the same.
@@ -56,19 +82,20 @@ def paired_loss(
     Args:
         mdp: has `schedule.sample_timesteps`, `add_noise`, `target`, `device`.
         policy: has `predict(x_t, t, prompt_ids)`, and `reference()`, under which it is the model to stay close to.
-        pairs: P >= 1 pairs.
+        pairs: P >= 1 pairs; where they have no noise_seed and t of `draw_noise`, these are drawn now.
         beta: > 0, see `losses.dpo_loss`.
-        generator: CPU generator of noise, and then of timesteps.
-        timesteps: how they are drawn; None: `mdp.schedule.sample_timesteps`, as models of the family are trained.
+        generator: see `draw_noise`.
+        timesteps: see `draw_noise`.
 
     Returns:
         The loss (a scalar) and detached metrics, PAIR_METRICS.
     """
-    device, count = mdp.device, count_pairs(pairs)
+    device = mdp.device
+    drawn = pairs if "t" in pairs else draw_noise(count_pairs(pairs), mdp, generator, timesteps)
     clean = torch.cat([pairs["winner"], pairs["loser"]]).to(device)
     prompts = torch.cat([pairs["prompt_id"]] * 2)
-    noise = torch.randn(pairs["winner"].shape, generator=generator).to(clean).repeat(2, 1, 1, 1, 1)
-    t = (timesteps or mdp.schedule.sample_timesteps)(count, generator).to(device).repeat(2)
+    noise = noise_of(drawn["noise_seed"], pairs["winner"].shape[1:]).to(clean).repeat(2, 1, 1, 1, 1)
+    t = drawn["t"].to(device).repeat(2)
     noised, target = mdp.add_noise(clean, noise, t), mdp.target(clean, noise, t)
     with torch.no_grad(), policy.reference():
         reference = policy.predict(noised, t, prompts)
@@ -94,7 +121,8 @@ def pair_step(
         parameters: that are trained.
         pairs: one or more.
         loss: of a part of the pairs.
-        micro_batch: >= 1, the knob for memory.
+        micro_batch: >= 1, the knob for memory; with noise drawn before (`draw_noise`) it changes no result but by
+            rounding.
         learning_rate: of this step.
         max_grad_norm: bound on the gradient's L2 norm.
 
@@ -105,6 +133,7 @@ def pair_step(
         FloatingPointError: the gradient is not finite; the parameters are left as they were.
     """
     count, totals = count_pairs(pairs), {name: 0.0 for name in ("loss", *PAIR_METRICS)}
+    optimizer.zero_grad(set_to_none=True)  # of a step that failed half-way, out of memory for instance
     for start in range(0, count, micro_batch):
         part = {name: value[start : start + micro_batch] for name, value in pairs.items()}
         share = count_pairs(part) / count

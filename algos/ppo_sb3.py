@@ -111,20 +111,27 @@ class SB3PPO:
     """SB3's PPO over an env's noisy denoising steps.
 
     Args:
-        env: vector env in float32, with at least two videos and one step with noise.
+        env: vector env of one clip in float32, with at least two videos and one step with noise.
         policy: from `env.make_policy`; its trainable parameters are the ones that move.
         config: see `SB3PPOConfig`.
 
     Raises:
-        ValueError: an env without noise, of one video, of float64 latents, or without groups where rewards are
-            standardised in them, or a rollout that the env's batch does not divide.
+        ValueError: an env without noise, of one video, of several clips, of float64 latents, or without groups where
+            rewards are standardised in them, or a rollout that the env's batch does not divide.
     """
 
     def __init__(self, env: Any, policy: Any, config: SB3PPOConfig) -> None:
-        self.steps: list[int] = env.mdp.table.stochastic.nonzero().flatten().tolist()
+        if getattr(env.mdp, "clips", 1) > 1:
+            raise ValueError(
+                f"an episode of this env makes {env.mdp.clips} clips, and what each is conditioned on is part of its "
+                f"observation, which SB3's spaces leave out; use env.single for one clip, or DDPO for all"
+            )
+        # the env's own table: `env.mdp.table` is that of its last reset, which may have had other noise levels
+        table = env.mdp.base_table
+        self.steps: list[int] = table.stochastic.nonzero().flatten().tolist()
         if not self.steps:
             raise ValueError(
-                f"PPO learns from the sampler's noise, and {env.mdp.table.name!r} at this noise level has none; make "
+                f"PPO learns from the sampler's noise, and {table.name!r} at this noise level has none; make "
                 f"the env with noise_level > 0 (and a sampler that has noise), or use VADER, which needs none"
             )
         if config.baseline == "group" and env.group_size < 2:
@@ -181,8 +188,9 @@ class SB3PPO:
         Returns:
             reward_mean, reward_std, reward_group_std_mean, zero_std_fraction; SB3's own figures: loss (of the last
             minibatch, critic included), loss_policy, loss_critic, clip_fraction (means over minibatches),
-            kl_old_nats (its estimate (r - 1) - log r of the last pass, in nats to second order, summed over noisy
-            steps), explained_variance (of the critic; 0 where it is not defined); learning_rate, optimiser_steps.
+            explained_variance (of the critic; 0 where it is not defined); kl_old_nats (second-order estimate from the
+            log-ratios of all passes, before each optimiser step, summed over noisy steps; SB3's own is lost in rounding
+            at ratios this close to 1); learning_rate, optimiser_steps.
 
         Raises:
             FloatingPointError: the gradient is not finite; this optimiser step was not taken.
@@ -190,19 +198,22 @@ class SB3PPO:
         """
         c = self.config
         rows = self.model.n_steps * self.env.num_envs
+        dealt, asked = self.model.rollout_buffer.dealt, self.model.policy.asked
+        dealt.clear()
+        asked.clear()
         self.model.learn(total_timesteps=rows, log_interval=None)
         reward = torch.cat(self.vec_env.rewards)
         found = {name.removeprefix("train/"): float(v) for name, v in self.model.logger.name_to_value.items()}
         explained = found["explained_variance"]
-        # r = exp(mean difference): its estimate is 1/2 E[(log r)^2], D^2 times smaller than in nats
-        scale = math.prod(self.env.mdp.latent_shape) ** 2 * len(self.steps)
+        # 0.5 E[(log r)^2] is the KL to second order, for log-ratios in nats; these are means over the elements
+        nats = (torch.cat(asked) - torch.cat(dealt)).double() * math.prod(self.env.mdp.latent_shape)
         return {
             **reward_metrics(reward, self.env.group_size),
             "loss": found["loss"],
             "loss_policy": found["policy_gradient_loss"],
             "loss_critic": found["value_loss"],
             "clip_fraction": found["clip_fraction"],
-            "kl_old_nats": found["approx_kl"] * scale,
+            "kl_old_nats": 0.5 * float(nats.square().mean()) * len(self.steps),
             "explained_variance": explained if math.isfinite(explained) else 0.0,
             "learning_rate": c.learning_rate,
             "optimiser_steps": float(c.num_inner_epochs * self.batches * len(self.steps)),
@@ -247,7 +258,12 @@ class SB3VecEnv(VecEnv):
 
     def reset(self) -> dict[str, np.ndarray]:
         self.rewards = []
-        return _arrays(self.env.reset()[0])
+        return self._arrays(self.env.reset()[0])
+
+    def _arrays(self, obs: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        """What the spaces hold, as SB3 wants it: on the CPU, and [B, 1] where there is one number a video."""
+        names = self.observation_space.spaces
+        return {name: (obs[name] if obs[name].ndim > 1 else obs[name][:, None]).cpu().numpy() for name in names}
 
     def step_async(self, actions: np.ndarray) -> None:
         if not bool((np.abs(actions) < self.bound).all()):
@@ -267,7 +283,7 @@ class SB3VecEnv(VecEnv):
             if len(self.rewards) < self.episodes:
                 obs, _ = self.env.reset()
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
-        return _arrays(obs), reward.cpu().numpy(), terminated.cpu().numpy(), infos
+        return self._arrays(obs), reward.cpu().numpy(), terminated.cpu().numpy(), infos
 
     def close(self) -> None:
         self.env.close()
@@ -306,6 +322,8 @@ class DenoisingActorCritic(ActorCriticPolicy):
         self.__dict__["denoiser"] = denoiser  # no sub-module: SB3 may not switch its network to training mode
         self.trainable = nn.ParameterList(denoiser.trainable_parameters())
         self.critic = critic
+        self.asked: list[Tensor] = []
+        """log-probabilities [B] that `evaluate_actions` gave, without their graph"""
         self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
 
     def _build(self, lr_schedule: Any) -> None:
@@ -322,7 +340,9 @@ class DenoisingActorCritic(ActorCriticPolicy):
         """Values [B,1], log-probabilities [B] of actions [B,D] or [B,C,F,H,W], and entropies [B]."""
         plain = _observation(obs)
         dist = self.denoiser.dist(plain)
-        return self._value(plain), dist.log_prob(actions.reshape(plain["latents"].shape)), dist.entropy()
+        log_prob = dist.log_prob(actions.reshape(plain["latents"].shape))
+        self.asked.append(log_prob.detach())
+        return self._value(plain), log_prob, dist.entropy()
 
     def predict_values(self, obs: Mapping[str, Tensor]) -> Tensor:
         """Values [B,1]."""
@@ -348,16 +368,20 @@ class _StepwiseBuffer(DictRolloutBuffer):
     def __init__(self, *args: Any, rows: list[int], generator: torch.Generator, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.rows, self.generator = rows, generator
+        self.dealt: list[Tensor] = []
+        """log-probabilities [B] of the rows that were dealt, as of the rollout"""
 
     def get(self, batch_size: int | None = None) -> Iterator[DictRolloutBufferSamples]:
         """The rows in random order, each of `batch_size` = n_envs videos."""
         for i in torch.randperm(len(self.rows), generator=self.generator).tolist():
             row = self.rows[i]
+            old_log_prob = self.to_torch(self.log_probs[row])
+            self.dealt.append(old_log_prob)
             yield DictRolloutBufferSamples(
                 observations={name: self.to_torch(value[row]) for name, value in self.observations.items()},
                 actions=self.to_torch(self.actions[row]),
                 old_values=self.to_torch(self.values[row]),
-                old_log_prob=self.to_torch(self.log_probs[row]),
+                old_log_prob=old_log_prob,
                 advantages=self.to_torch(self.advantages[row]),
                 returns=self.to_torch(self.returns[row]),
             )
@@ -375,14 +399,9 @@ def _refuse_bad_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
                 )
 
 
-def _arrays(obs: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """As SB3 wants them: on the CPU, and [B, 1] where there is one number a video."""
-    return {name: (v if v.ndim > 1 else v[:, None]).cpu().numpy() for name, v in obs.items()}
-
-
 def _observation(obs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `_arrays`, for tensors."""
-    return {name: v if v.ndim > 2 else v[:, 0] for name, v in obs.items()}
+    """Tensors as the vector env gives them: all but the latents are one number a video, [B, 1] in SB3's terms."""
+    return {name: value if name == "latents" else value[:, 0] for name, value in obs.items()}
 
 
 def _keyed_noise(obs: Mapping[str, Tensor]) -> Tensor:

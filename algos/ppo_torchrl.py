@@ -46,7 +46,7 @@ from algos.training import (
     reward_metrics,
     start_stream,
 )
-from vdm_env.torchrl import DenoisingEnvBase, make_actor
+from vdm_env.torchrl import make_actor
 
 Baseline = Literal["batch", "group"]
 Convention = Literal["mean", "sum"]
@@ -135,20 +135,23 @@ class TorchRLPPO:
     """TorchRL's clipped PPO over an env's noisy denoising steps.
 
     Args:
-        env: vector env with at least one step with noise; `DenoisingEnvBase` is put over it here.
+        env: vector env of one clip with at least one step with noise; TorchRL's interface is put over it here.
         policy: from `env.make_policy`; its trainable parameters are the ones that move.
         config: see `TorchRLPPOConfig`.
 
     Raises:
-        ValueError: an env without noise, or without groups where rewards are standardised in them, a rollout of one
-            video, or one that the env's batch does not divide.
+        ValueError: an env without noise, of several clips, or without groups where rewards are standardised in them, a
+            rollout of one video, or one that the env's batch does not divide.
     """
 
     def __init__(self, env: Any, policy: Any, config: TorchRLPPOConfig) -> None:
-        self.steps: list[int] = env.mdp.table.stochastic.nonzero().flatten().tolist()
+        self.torchrl_env = env.to_torchrl()  # refuses what TorchRL's actors cannot describe
+        # the env's own table: `env.mdp.table` is that of its last reset, which may have had other noise levels
+        table = env.mdp.base_table
+        self.steps: list[int] = table.stochastic.nonzero().flatten().tolist()
         if not self.steps:
             raise ValueError(
-                f"PPO learns from the sampler's noise, and {env.mdp.table.name!r} at this noise level has none; make "
+                f"PPO learns from the sampler's noise, and {table.name!r} at this noise level has none; make "
                 f"the env with noise_level > 0 (and a sampler that has noise), or use VADER, which needs none"
             )
         if config.baseline == "group" and env.group_size < 2:
@@ -161,7 +164,6 @@ class TorchRLPPO:
         self.env, self.policy, self.config = env, policy, config
         self.batches = num_batches(config.videos_per_rollout, env, "videos_per_rollout")
         self.elements = math.prod(env.mdp.latent_shape)
-        self.torchrl_env = DenoisingEnvBase(env)
         self.actor = make_actor(policy)
         self.parameters = policy.trainable_parameters()
         self.critic = StateValue(env, seed=config.seed) if config.critic else None
@@ -195,7 +197,7 @@ class TorchRLPPO:
             policy, mean over optimiser steps, before clipping), learning_rate, optimiser_steps.
 
         Raises:
-            FloatingPointError: the gradient is not finite; this optimiser step was not taken.
+            FloatingPointError: the policy's or the critic's gradient is not finite; this optimiser step was not taken.
         """
         c = self.config
         batches = [self._rollout() for _ in range(self.batches)]
@@ -206,9 +208,8 @@ class TorchRLPPO:
         for _ in range(c.num_inner_epochs):
             seen += [self._accumulate(part, len(parts)) for part in parts]
             if self.critic_parameters:
-                torch.nn.utils.clip_grad_norm_(self.critic_parameters, c.max_grad_norm)
+                self._clip_critic()
             norms.append(optimiser_step(self.optimizer, self.parameters, c.max_grad_norm))
-            self.optimizer.zero_grad(set_to_none=True)
         mean = {name: sum(row[name] for row in seen) / len(seen) for name in seen[0]}
         return {
             **reward_metrics(reward, self.env.group_size),
@@ -264,6 +265,16 @@ class TorchRLPPO:
             total = total + found["loss_critic"]
         (total / count).backward()
         return {name: float(value.detach()) for name, value in found.items() if value.numel() == 1}
+
+    def _clip_critic(self) -> None:
+        """Clips the critic's gradient; one that is not finite is refused, as `optimiser_step` refuses the policy's."""
+        norm = torch.nn.utils.clip_grad_norm_(self.critic_parameters, self.config.max_grad_norm)
+        if not torch.isfinite(norm):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise FloatingPointError(
+                f"the critic's gradient norm is {float(norm)}, expected a finite number; the parameters were not "
+                f"changed. Lower the learning rate, or set critic=False, and go on from the last checkpoint"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Optimiser, critic and the env's stream; the policy's weights are saved with the policy."""

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from algos.pairs import Pairs
-from algos.preference_files import AGAIN, INDEX, DamagedDataError, digest, file_sha256, read_index
+from algos.preference_files import AGAIN, INDEX, DamagedDataError, digest, file_sha256, read_index, total_cost
 from algos.preferences import Strategy, preference_pairs
 
 
@@ -103,7 +103,15 @@ class PreferenceData:
         """A hash of the settings and of all content of the first groups; the same after groups were added."""
         wanted = len(self) if groups is None else groups
         used = [s for s, start in zip(self._shards, self._starts.tolist(), strict=True) if start < wanted]
-        return digest({"settings": self.settings, "shards": used, "groups": wanted})
+        content = [{name: value for name, value in shard.items() if name != "cost"} for shard in used]
+        return digest({"settings": self.settings, "shards": content, "groups": wanted})
+
+    def cost(self, groups: int | None = None) -> dict[str, float] | None:
+        """What making and scoring the first groups has cost (None: all), `preference_files.COSTS` by name.
+
+        None where the data do not say it. Whoever compares methods by cost adds it to a run's that found the data.
+        """
+        return total_cost(self._shards, len(self) if groups is None else groups)
 
     def pairs(
         self,

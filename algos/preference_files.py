@@ -3,21 +3,27 @@
 A folder holds
 
     index.json             settings (how the videos were made), versions, and for every shard its size and checksum and
-                           its groups' prompts as TEXT, rewards, sub-scores and video seeds; a checksum of itself
+                           its groups' prompts as TEXT, rewards, sub-scores, video seeds and what making them has
+                           cost; a checksum of itself
     shard-00000.safetensors ...   `latents` [G,N,C,F,H,W]: clean latents of G groups of N candidates, float32
 
 All candidates and all their scores are kept: which of them make a pair, by which score and with what weight, is decided
 by whoever reads, and can be decided anew without sampling again. Texts and not numbers stand for prompts, because the
 numbers are those of one environment.
 
-Shards are added and never changed. A shard is renamed into place before the index that lists it, so a crash loses at
-most the shard being written. Latents are read row by row from the files; what is in memory is the index.
+Shards are added and never changed. A shard is on the disk and renamed into place before the index that lists it, so a
+crash, of the machine too, loses at most the shard being written. Latents are read row by row from the files; what is in
+memory is the index.
+
+The cost is kept because videos that somebody has paid for are not free to who learns from them: a comparison by cost
+has to add it. It is no part of what the data are: data made again at another cost are the same data.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,14 +33,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from algos.provenance import plain, write_json
+from algos.checkpoint import sync
+from algos.provenance import plain
+from algos.run_files import replace_json
 from vdm_env import __version__
 
 FORMAT = 1
 INDEX = "index.json"
 REQUIRED = ("model", "latent_shape", "candidates", "reward")
 """settings that all data have: name of the model, [C,F,H,W], N, name of the reward; the others are the maker's"""
+_SEED_APART = " (seed is that of the videos: VideoDPOConfig.data_seed sets it apart from the seed of the learning)"
 _SHARD = re.compile(r"shard-\d{5,}\.safetensors")
+COSTS = ("device_s", "videos_sampled", "reward_queries", "denoiser_forwards")
+"""what making videos costs: seconds of rollout, decoding and reward, and the counts of `vdm_env.mdp.Counters`"""
 AGAIN = "restore the folder from a copy, or delete it and build the data again"
 
 
@@ -76,6 +87,10 @@ class PreferenceWriter:
         """Groups written so far."""
         return sum(len(shard["prompts"]) for shard in self._index["shards"])
 
+    def cost(self, groups: int) -> dict[str, float] | None:
+        """What the first groups have cost, see `total_cost`."""
+        return total_cost(self._index["shards"], groups)
+
     def append(
         self,
         prompts: Sequence[str],
@@ -83,6 +98,7 @@ class PreferenceWriter:
         reward: Tensor,
         scores: Mapping[str, Tensor] | None = None,
         video_seeds: Tensor | None = None,
+        cost: Mapping[str, float] | None = None,
     ) -> None:
         """Adds one shard; when this returns the index lists it.
 
@@ -92,9 +108,11 @@ class PreferenceWriter:
             reward: [G,N], what pairs are ranked by unless the reader says otherwise.
             scores: {name: [G,N]} of which the reward is made; the same names in all shards.
             video_seeds: [G,N] int64, of the noise the videos were made from.
+            cost: what making and scoring them has cost, COSTS by name; None: not known.
 
         Raises:
-            ValueError: shapes that do not fit, numbers that are not finite, empty prompts, other names of scores.
+            ValueError: shapes that do not fit, numbers that are not finite, empty prompts, other names of scores, costs
+                that are not COSTS or negative.
             RuntimeError: the index was changed by somebody else since this writer read it.
         """
         settings = self._index["settings"]
@@ -107,6 +125,8 @@ class PreferenceWriter:
             _check(name, value, (groups, n))
         if video_seeds is not None and tuple(video_seeds.shape) != (groups, n):
             raise ValueError(f"video_seeds has shape {tuple(video_seeds.shape)}, expected {(groups, n)}")
+        if cost is not None and (set(cost) != set(COSTS) or not all(0 <= v < math.inf for v in cost.values())):
+            raise ValueError(f"cost is {dict(cost)}, expected finite numbers >= 0 for {', '.join(COSTS)}, or None")
         shards = self._index["shards"]
         if shards and sorted(shards[0]["scores"]) != sorted(scores):
             raise ValueError(f"scores are {sorted(scores)}, but those of the data are {sorted(shards[0]['scores'])}")
@@ -124,11 +144,32 @@ class PreferenceWriter:
             "reward": _numbers(reward),
             "scores": {name: _numbers(value) for name, value in sorted(scores.items())},
             "video_seeds": None if video_seeds is None else video_seeds.tolist(),
+            "cost": None if cost is None else {name: float(cost[name]) for name in COSTS},
         }
+        sync(part)
         part.replace(path)
+        sync(self.folder)  # the shard's name is on the disk before the index that lists it
         index = {**self._index, "shards": [*shards, shard]}
-        write_json(self.folder / INDEX, {**index, "sha256": digest(index)})
+        replace_json(self.folder / INDEX, {**index, "sha256": digest(index)})
         self._index = index
+
+
+def total_cost(shards: Sequence[Mapping[str, Any]], groups: int) -> dict[str, float] | None:
+    """What the first groups have cost, COSTS by name; a shard that is used in part counts by the share of its groups.
+
+    None where one of them does not say: videos from elsewhere, or an index written before costs were kept.
+    """
+    total, left = dict.fromkeys(COSTS, 0.0), groups
+    for shard in shards:
+        used = min(left, len(shard["prompts"]))
+        if used <= 0:
+            break
+        cost = shard.get("cost")
+        if cost is None:
+            return None
+        total = {name: value + cost[name] * used / len(shard["prompts"]) for name, value in total.items()}
+        left -= used
+    return total
 
 
 def check_same(folder: Path, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
@@ -139,7 +180,7 @@ def check_same(folder: Path, stored: Mapping[str, Any], asked: Mapping[str, Any]
         rows = "; ".join(f"{key}: {stored.get(key)!r} there, {asked.get(key)!r} asked for" for key in keys)
         raise ValueError(
             f"{folder} holds preference data made differently in {', '.join(keys)} ({rows}); take another folder, or "
-            f"the settings the data were made with"
+            f"the settings the data were made with{_SEED_APART if 'seed' in keys else ''}"
         )
 
 

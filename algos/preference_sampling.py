@@ -3,6 +3,8 @@
 Group g is of prompt g of the list, from the beginning again after the last one. A candidate's noise is keyed by
 (seed, group, candidate) alone, so the data do not depend on where sampling was interrupted, on which groups were asked
 for first, or on the environment's own stream.
+
+What sampling and scoring cost is written with the data (`preference_files.COSTS`).
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,28 +20,47 @@ import torch
 from torch import Tensor
 
 from algos.preference_data import PreferenceData
-from algos.preference_files import PreferenceWriter
+from algos.preference_files import COSTS, PreferenceWriter
 from vdm_env import noise
 from vdm_env.starts import MAX_SEED
 
 Weights = Literal["reference", "policy"]
 _KEY = 4
 """of these videos' seeds, apart from those of the env's stream"""
+_PHASES = ("rollout_s", "decode_s", "reward_s")
+_TOLERANCE = 0.01
+"""of a score that is asked for again, relative to the group's largest: other machines and half precision round"""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Groups:
-    """G groups of N candidates: latents [G,N,C,F,H,W], reward [G,N], scores {name: [G,N]}, video_seeds [G,N]; CPU."""
+    """G groups of N candidates: latents [G,N,C,F,H,W], reward [G,N], scores {name: [G,N]}, video_seeds [G,N]; CPU.
+
+    cost is what making and scoring all of them has cost, see `preference_files.COSTS`.
+    """
 
     prompts: list[str]
     latents: Tensor
     reward: Tensor
     scores: dict[str, Tensor]
     video_seeds: Tensor
+    cost: dict[str, float]
 
     def append_to(self, writer: PreferenceWriter) -> None:
         """Writes them as one shard."""
-        writer.append(self.prompts, self.latents, self.reward, self.scores, self.video_seeds)
+        writer.append(self.prompts, self.latents, self.reward, self.scores, self.video_seeds, self.cost)
+
+    def after(self, number: int) -> Groups:
+        """Those after the first so many, with their share of the cost."""
+        share = len(self.prompts[number:]) / len(self.prompts)
+        return Groups(
+            prompts=self.prompts[number:],
+            latents=self.latents[number:],
+            reward=self.reward[number:],
+            scores={name: value[number:] for name, value in self.scores.items()},
+            video_seeds=self.video_seeds[number:],
+            cost={name: value * share for name, value in self.cost.items()},
+        )
 
 
 def video_seed(seed: int, group: int, candidate: int) -> int:
@@ -50,19 +71,22 @@ def video_seed(seed: int, group: int, candidate: int) -> int:
 def sampling_settings(
     env: Any, policy: Any, *, candidates: int, seed: int, weights: Weights = "reference", split: str | None = None
 ) -> dict[str, Any]:
-    """Everything that decides what the videos and their scores are: the settings of the data.
+    """What decides what the videos and their scores are, as far as it has a name: the settings of the data.
 
-    The networks are told apart by hashes of the first numbers of each of their weights.
+    Denoisers are told apart by hashes of the first numbers of each of their weights, adapters and references by hashes
+    of all. Decoders and rewards are known by their names and settings alone: `check_scores` asks them again.
 
     Args:
         env: its model, size, sampler, steps, noise level and reward make the videos.
         policy: its guidance scale, and with weights="policy" its trained weights.
         candidates: N.
         seed: of the noise.
-        weights: "reference" samples with the untrained model, "policy" with the policy as it is.
+        weights: "reference" samples with the policy's reference (the untrained model unless it was refreshed), "policy"
+            with the policy as it is.
         split: of the prompts; the env's own if None.
     """
     mdp = env.mdp
+    trained = policy.reference_state_dict() if weights == "reference" else policy.lora_state_dict()
     base = (
         (name.replace(".base_layer", ""), value)
         for name, value in mdp.model.denoiser.named_parameters()
@@ -83,9 +107,7 @@ def sampling_settings(
         "noise_level": mdp.noise_level,
         "guidance_scale": policy.guidance_scale,
         "network_sha256": _fingerprint(base),
-        "adapter_sha256": None
-        if weights == "reference"
-        else _fingerprint(policy.lora_state_dict().items(), whole=True),
+        "adapter_sha256": _fingerprint(trained.items(), whole=True) if trained else None,
     }
 
 
@@ -126,6 +148,7 @@ def sample_groups(
         )
     twin = env.derive(group_size=1)
     twin.mdp.counters = env.mdp.counters
+    before = replace(env.mdp.counters)
     ids = [prompts[g % len(prompts)] for g in numbers for _ in range(candidates)]
     seeds = [video_seed(seed, g, c) for g in numbers for c in range(candidates)]
     latents, reward, scores = [], [], []
@@ -145,7 +168,41 @@ def sample_groups(
         reward=torch.cat(reward).reshape(shape),
         scores={name: torch.cat([row[name] for row in scores]).reshape(shape) for name in names},
         video_seeds=torch.tensor(seeds).reshape(shape),
+        cost=_spent(before, env.mdp.counters),
     )
+
+
+@torch.no_grad()
+def check_scores(env: Any, data: PreferenceData, prompts: Sequence[int], *, seed: int) -> None:
+    """Finds out whether an env would score data as they are scored, by scoring their first group again.
+
+    A name does not tell what a reward is: a function of one's own has any, and weights and decoders have none. The
+    videos are decoded from the stored latents; nothing of this is counted as a cost.
+
+    Args:
+        env: whose reward and decoder are asked.
+        data: made with settings equal to the env's, see `sampling_settings`.
+        prompts: as `sample_groups` was given them.
+        seed: of the noise the data were made from.
+
+    Raises:
+        ValueError: the reward, or one of its parts, is off by more than 1 % of the group's largest score.
+    """
+    twin = env.derive(group_size=1)  # its counters are its own
+    mdp, n = twin.mdp, data.reward.shape[1]
+    latents = data.latents(torch.zeros(n, dtype=torch.int64), torch.arange(n)).to(mdp.device, mdp.dtype)
+    seeds = torch.tensor([video_seed(seed, 0, c) for c in range(n)])
+    found = mdp.outcome(latents, torch.tensor([prompts[0]] * n), seeds)
+    scores = {"the reward": (found.reward, data.reward[0])}
+    scores |= {name: (value, data.scores[name][0]) for name, value in found.parts.items() if name in data.scores}
+    for name, (now, stored) in scores.items():
+        off = float((now.double().cpu() - stored).abs().max())
+        if not off <= _TOLERANCE * float(stored.abs().max()) + 1e-6:
+            raise ValueError(
+                f"{name} gives {[round(float(v), 4) for v in now]} for the first group of {data.folder}, but "
+                f"{[round(float(v), 4) for v in stored]} are stored: another reward or decoder of the same name and "
+                f"settings made them; take another folder, or the reward and weights they were made with"
+            )
 
 
 def build_preferences(
@@ -169,12 +226,13 @@ def build_preferences(
         groups: there shall be when it returns; no more are made where there are as many already.
         candidates: N videos a group; VideoDPO samples 4, OnlineVPO 6.
         seed: of the noise.
-        weights: "reference" samples with the untrained model, "policy" with the policy as it is.
+        weights: "reference" samples with the policy's reference, "policy" with the policy as it is.
         split: of the prompts; the env's own if None.
         groups_per_shard: written at a time, the most an interruption can lose.
 
     Raises:
-        ValueError: the folder holds data made differently; the message names the settings.
+        ValueError: the folder holds data made differently; the message names the settings. Or data whose videos the
+            env's reward scores otherwise, see `check_scores`.
         DamagedDataError: the folder holds damaged data.
     """
     if groups < 1 or groups_per_shard < 1:
@@ -182,6 +240,8 @@ def build_preferences(
     how: dict[str, Any] = {"candidates": candidates, "seed": seed, "weights": weights}
     writer = PreferenceWriter(folder, sampling_settings(env, policy, split=split, **how))
     ids = env.prompt_ids(split)
+    if writer.groups:  # what is there must be what would be made
+        check_scores(env, PreferenceData(folder), ids, seed=seed)
     while writer.groups < groups:
         wanted = range(writer.groups, min(groups, writer.groups + groups_per_shard))
         sample_groups(env, policy, ids, wanted, **how).append_to(writer)
@@ -195,6 +255,12 @@ def _episode(env: Any, policy: Any, ids: list[int], seeds: list[int]) -> tuple[T
     for _ in range(env.num_steps):
         obs, reward, _, _, info = env.step(policy(obs))
     return obs["latents"].cpu(), reward.cpu(), {name: value.cpu() for name, value in info["reward_parts"].items()}
+
+
+def _spent(before: Any, now: Any) -> dict[str, float]:
+    """Between two states of an MDP's counters, COSTS by name."""
+    spent = {name: float(getattr(now, name) - getattr(before, name)) for name in (*COSTS[1:], *_PHASES)}
+    return {"device_s": sum(spent[name] for name in _PHASES), **{name: spent[name] for name in COSTS[1:]}}
 
 
 def _filled(values: list[int], length: int) -> list[int]:

@@ -39,7 +39,7 @@ def preference_pairs(
         TypeError, ValueError: bad reward, group_size < 2 or not a divisor of B, an unknown strategy, or a random one
             without a generator.
     """
-    _check_vector(reward, "reward")
+    check_vector(reward, "reward")
     if group_size < 2 or reward.numel() % group_size:
         raise ValueError(
             f"group_size is {group_size} for {reward.numel()} rewards, expected >= 2 and a divisor: a pair is two "
@@ -84,7 +84,7 @@ def histogram_probabilities(value: Tensor, bins: int = 10) -> Tensor:
     Raises:
         TypeError, ValueError: bad values, or bins < 1.
     """
-    _check_vector(value, "value")
+    check_vector(value, "value")
     if bins < 1:
         raise ValueError(f"bins is {bins}, expected a whole number >= 1")
     value = value.detach()
@@ -116,7 +116,7 @@ def pair_weights(probability: Tensor, *, base: float = 0.72, beta: float = 1.0) 
     Raises:
         TypeError, ValueError: probabilities outside (0, 1], base <= 0 or beta < 0.
     """
-    _check_vector(probability, "probability")
+    check_vector(probability, "probability")
     if not bool(((probability > 0) & (probability <= 1)).all()):
         low, high = float(probability.min()), float(probability.max())
         raise ValueError(f"probability is in {low:g}..{high:g}, expected 0 < p <= 1; see histogram_probabilities")
@@ -125,7 +125,8 @@ def pair_weights(probability: Tensor, *, base: float = 0.72, beta: float = 1.0) 
     return (base / probability.detach()) ** beta
 
 
-def _check_vector(value: Tensor, name: str) -> None:
+def check_vector(value: Tensor, name: str) -> None:
+    """Raises TypeError or ValueError unless it is a vector of at least one finite floating-point number."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         given = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name} is {given}, expected a floating-point tensor; convert it with .float()")

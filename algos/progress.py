@@ -61,6 +61,11 @@ class Progress:
             )
             print(self.name, f"update {update}", of, *(f"{k} {v}" for k, v in values.items()), sep="  ", flush=True)
 
+    def say(self, text: str) -> None:
+        """Something out of the ordinary, in a line of its own on standard error, also where nothing else is shown."""
+        tqdm.write(f"{self.name}  {text}", file=sys.stderr)
+        sys.stderr.flush()
+
     def evaluated(self, update: int, scores: Mapping[str, float]) -> None:
         """After an evaluation, where there is no bar to show it."""
         if self.enabled and self.bar is None:

@@ -85,7 +85,7 @@ class ReFLConfig:
         Raises:
             ValueError: there are none for this model.
         """
-        settings = cls(learning_rate=5e-4, loss="one_minus", loss_coefficient=1.0, videos_per_update=64)
+        settings = cls(learning_rate=1e-3, loss="one_minus", loss_coefficient=1.0, videos_per_update=64)
         presets = {"MovingShapes": settings, "MovingShapesUNet": settings}
         return pick_preset(presets, model)
 

@@ -1,4 +1,4 @@
-"""What every algorithm that follows the gradient of a reward insists on."""
+"""What algorithms insist on that follow the gradient of a reward, or learn from finished videos."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check_one_clip(env: Any, algorithm: str) -> None:
     if clips > 1:
         raise ValueError(
             f"{algorithm} learns from one clip, but an episode of this env makes {clips}; use the env of the single "
-            f"clip, or VADER, which back-propagates through any chain"
+            f"clip, or VADER or DDPO, which follow the chain step by step, however long it is"
         )
 
 

@@ -25,7 +25,7 @@ class Rollout:
     reward: Tensor
     """[B], of the finished videos"""
     parts: dict[str, Tensor]
-    """{name: [B]}, what the reward is made of, as in the env's info["reward_parts"]"""
+    """{name: [B]}, what the reward is made of, as in info["reward_parts"], but in `reward`'s type and on its device"""
     prompt_id: Tensor
     """[B] int64"""
 
@@ -65,7 +65,7 @@ def collect(
         actions=actions,
         log_probs=log_probs,
         reward=reward,
-        parts=info["reward_parts"],
+        parts={name: value.to(reward) for name, value in info["reward_parts"].items()},
         prompt_id=observations[0]["prompt_id"],
     )
 

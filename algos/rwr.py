@@ -11,8 +11,10 @@ Neither gradients of the reward nor noise of the sampler are needed, and nothing
 holds the policy near it. The network is trained without guidance, videos are sampled with the policy's.
 
 Deviations: Z is of one batch of videos (published: of each prompt, estimated from samples, or left out), weights are
-scaled to mean 1 over the videos trained on, whichever rule made them, and each update samples anew. All weights
-but best_of_group's compare rewards across prompts: a prompt that always scores high is then trained on more.
+scaled to mean 1 over the videos trained on, whichever rule made them, and each update samples anew. Of best_of_group,
+groups of equal rewards are left out (released: they count whole), and timesteps are drawn as the model was trained
+(Flow-GRPO's baselines: logit-normal). All weights but best_of_group's compare rewards across prompts: a prompt that
+always scores high is then trained on more.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from algos.losses import best_of_group_weights, softmax_weights, sparse_weights, weighted_regression
 from algos.losses.forward_process import raw_weights
+from algos.reward_checks import check_one_clip
 from algos.rollout import sample_videos
 from algos.training import (
     adamw,
@@ -107,11 +110,12 @@ class RWR:
         config: see `RWRConfig`.
 
     Raises:
-        ValueError: an env without groups where the best of one is asked for, a single video per update, or a number
-            of videos that the env's batch does not divide.
+        ValueError: an env of several clips, or without groups where the best of one is asked for, a single video per
+            update, or a number of videos that the env's batch does not divide.
     """
 
     def __init__(self, env: Any, policy: Any, config: RWRConfig) -> None:
+        check_one_clip(env, "RWR")
         if config.weighting == "best_of_group" and env.group_size < 2:
             raise ValueError(
                 f"weighting='best_of_group' compares videos of one prompt, but the env has group_size="

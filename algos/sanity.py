@@ -269,7 +269,7 @@ def check_algorithm(algorithm: Any, *, show: bool = True) -> list[CheckResult]:
     """
     env, policy = algorithm.env, algorithm.policy
     results = []
-    if bool(env.mdp.table.stochastic.any()):
+    if bool(env.mdp.base_table.stochastic.any()):
         with costing_nothing(env):
             results.append(ratio_before_update(env, policy))
             for dtype in (env.mdp.dtype, torch.bfloat16):
@@ -277,7 +277,7 @@ def check_algorithm(algorithm: Any, *, show: bool = True) -> list[CheckResult]:
                 if env.num_envs > 1:
                     results.append(log_prob_other_batch(env, policy, dtype))
             levels_fit = env.config.noise_level is None or isinstance(env.config.noise_level, int | float)
-            if isinstance(env.model, GaussianModel) and levels_fit and env.mdp.table.name in _KEEP_MARGINALS:
+            if isinstance(env.model, GaussianModel) and levels_fit and env.mdp.base_table.name in _KEEP_MARGINALS:
                 results.append(sde_marginals(env, policy, batch=512))
     trial = try_update(algorithm)
     if "ratio_first_error" in trial.metrics:
@@ -308,18 +308,22 @@ def _result(name: str, measured: float, bound: float, what: str, hint: str) -> C
     return CheckResult(name=name, ok=ok, measured=measured, bound=bound, message=message)
 
 
-def _noisy(env: Any) -> list[int]:
-    steps = env.mdp.table.stochastic.nonzero().flatten().tolist()
+def _noisy(env: Any, rollout: Rollout | None = None) -> list[int]:
+    """The steps with noise: the env's own, or those of a rollout, which may have had other noise levels."""
+    steps = env.mdp.base_table.stochastic.nonzero().flatten().tolist()
+    if rollout is not None:
+        steps = [k for k, obs in enumerate(rollout.observations) if bool(obs["stochastic"].all())]
     if not steps:
         raise ValueError(
-            f"{env.mdp.table.name!r} has no noise here, and so no log-probability; make the env with noise_level > 0"
+            f"{env.mdp.base_table.name!r} has no noise here, and so no log-probability; make the env with "
+            f"noise_level > 0"
         )
     return steps
 
 
 def _log_probs(env: Any, policy: Any, rollout: Rollout) -> tuple[Tensor, Tensor]:
     """Log-probabilities when acting and when learning, over all noisy steps and videos."""
-    steps = _noisy(env)
+    steps = _noisy(env, rollout)
     with torch.enable_grad():
         new = [policy.dist(rollout.observations[k]).log_prob(rollout.actions[k]).detach() for k in steps]
     return torch.cat([rollout.log_probs[k] for k in steps]), torch.cat(new)

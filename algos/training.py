@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from numbers import Integral
 from typing import Any, TypeVar, get_args
 
 import torch
@@ -41,20 +44,42 @@ def start_stream(env: Any, seed: int) -> None:
     env.load_state_dict({"seed": seed, "videos_drawn": 0, "groups_drawn": 0})
 
 
+def free_elements(env: Any) -> int:
+    """Latent elements that one action moves: those of the video, or of the clip in the making where it has several.
+
+    Log-probabilities are means over them, so a mean times this is in nats.
+    """
+    return math.prod(env.mdp.latent_shape) // getattr(env.mdp, "clips", 1)
+
+
 def check_positive(config: Any, *names: str) -> None:
-    """Raises ValueError for the first of these config fields that is not > 0 (`nan` included)."""
+    """Raises ValueError for the first of these config fields that is not > 0 (`nan` included), or not whole.
+
+    Fields declared as int have to be whole: 32.0 would only fail later, where it is counted with.
+    """
     for name in names:
-        value = getattr(config, name)
+        value, kind = _number(config, name)
         if not value > 0:
-            raise ValueError(f"{type(config).__name__}.{name} is {value}, expected a number > 0")
+            raise ValueError(f"{type(config).__name__}.{name} is {value}, expected a {kind} > 0")
 
 
 def check_not_negative(config: Any, *names: str) -> None:
-    """Raises ValueError for the first of these config fields that is not >= 0 (`nan` included)."""
+    """Raises ValueError for the first of these config fields that is not >= 0 (`nan` included), or not whole."""
     for name in names:
-        value = getattr(config, name)
+        value, kind = _number(config, name)
         if not value >= 0:
-            raise ValueError(f"{type(config).__name__}.{name} is {value}, expected a number >= 0")
+            raise ValueError(f"{type(config).__name__}.{name} is {value}, expected a {kind} >= 0")
+
+
+def _number(config: Any, name: str) -> tuple[Any, str]:
+    """A field's value and what it is to be: a "number", or a "whole number", which it then is."""
+    value = getattr(config, name)
+    declared = next(field.type for field in fields(config) if field.name == name)
+    if declared not in (int, "int", "int | None"):
+        return value, "number"
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{type(config).__name__}.{name} is {value!r}, expected a whole number, as in {name}=8")
+    return value, "whole number"
 
 
 def check_choice(config: Any, name: str, choices: Any) -> None:
@@ -81,9 +106,20 @@ def pick_preset(presets: Mapping[str, Config], model: str) -> Config:
 
 
 def adamw(parameters: Sequence[Tensor], config: Any) -> torch.optim.AdamW:
-    """AdamW with a config's learning_rate, betas, eps and weight_decay."""
+    """AdamW with a config's learning_rate, betas, eps and weight_decay.
+
+    They stay the config's when a saved state is loaded: torch would take the saved ones, and a run that is continued
+    with another learning rate would not use it.
+    """
     settings = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, **settings)
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, **settings)
+
+    def keep_settings(loaded: torch.optim.Optimizer) -> None:
+        for group in loaded.param_groups:
+            group.update(settings, lr=config.learning_rate)
+
+    optimizer.register_load_state_dict_post_hook(keep_settings)
+    return optimizer
 
 
 def optimiser_step(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], max_grad_norm: float) -> Tensor:

@@ -2,13 +2,15 @@
 
     L = mean over pairs of -w log sigmoid( -beta/2 [ (m_w - m_l) - (r_w - r_l) ] ),   w = (alpha / p)^gamma
 
-For each prompt the untrained model makes N videos; the env's reward ranks them (make the env with "OmniScore" for the
-paper's), and the best and the worst make a pair. A pair counts the more, the rarer its p. All videos with all their
-scores are kept in a folder: where it holds them already nothing is sampled, so that another strategy, another weight or
-another run costs no rollout.
+For each prompt the reference (the untrained model, unless the policy's was refreshed) makes N videos; the env's reward
+ranks them (make the env with "OmniScore" for the paper's), and the best and the worst make a pair. A pair counts the
+more, the rarer its p. All videos with all their scores are kept in a folder: where it holds them already nothing is
+sampled, so that another strategy, another weight or, with `data_seed`, another seed costs no rollout.
 
-The first updates sample, and the ones after that learn: building is part of the run's cost, can be interrupted, and
-goes on where it was.
+The first updates sample, and the ones after that learn: what a run builds is part of its cost. What it finds was paid
+for by another run; that cost is stored with the data and reported by every update (data_device_s and others, see
+`offline_pairs`), so that a comparison can add it. A run that goes on from a checkpoint samples again what it had built
+after the checkpoint, as it redoes its other updates: it is then the run that was never interrupted.
 
 Deviation: winner and loser share noise and timestep and a pair has one margin, as in Diffusion-DPO; the released code
 draws both independently and has a margin for each column of the frame (`losses.videodpo_column_loss`).
@@ -26,7 +28,7 @@ from torch import Tensor
 from algos.offline_pairs import PairLearner
 from algos.preference_data import PairTable, PreferenceData
 from algos.preference_files import PreferenceWriter
-from algos.preference_sampling import sample_groups, sampling_settings
+from algos.preference_sampling import check_scores, sample_groups, sampling_settings
 from algos.preferences import Strategy, histogram_probabilities, pair_weights
 from algos.training import check_choice, check_not_negative, check_positive, pick_preset, reward_metrics
 
@@ -75,9 +77,11 @@ class VideoDPOConfig:
     pairs_per_step: int = 4
     """pairs of one optimiser step (published: 1 on each of 4 GPUs); drawn in passes, each in a new order"""
     micro_batch: int = 1
-    """pairs per backward pass (twice as many videos), the knob for memory"""
+    """pairs per backward pass (twice as many videos), the knob for memory; changes results by rounding alone"""
     seed: int = 0
-    """of the videos' noise, random pairs, the order of pairs, timesteps and training noise"""
+    """of random pairs, the order of pairs, timesteps and training noise"""
+    data_seed: int | None = None
+    """of the videos' noise; None: `seed`. One number here lets runs of different seeds learn from the same videos"""
 
     def __post_init__(self) -> None:
         check_positive(self, "prompts", "videos_per_update", "bins", "weight_base", "learning_rate", "eps")
@@ -136,20 +140,26 @@ class VideoDPO:
 
     Args:
         env: vector env whose reward ranks the videos; its own episode and stream are left alone.
-        policy: from `env.make_policy`; its trainable parameters are the ones that move. The videos are the untrained
-            model's, with the policy's guidance scale.
+        policy: from `env.make_policy`; its trainable parameters are the ones that move. The videos are its
+            reference's, with its guidance scale.
         config: see `VideoDPOConfig`.
 
     Raises:
-        ValueError: the folder holds data made differently (the message names the settings), or that make no pairs.
+        ValueError: the folder holds data made differently (the message names the settings), or whose first group the
+            env's reward scores otherwise (`preference_sampling.check_scores`), or that make no pairs.
         preference_files.DamagedDataError: it holds damaged data.
     """
 
     def __init__(self, env: Any, policy: Any, config: VideoDPOConfig) -> None:
         self.env, self.policy, self.config = env, policy, config
-        settings = sampling_settings(env, policy, candidates=config.candidates, seed=config.seed)
+        self.data_seed = config.seed if config.data_seed is None else config.data_seed
+        settings = sampling_settings(env, policy, candidates=config.candidates, seed=self.data_seed)
         self.writer = PreferenceWriter(config.folder, settings)
+        if self.writer.groups:
+            check_scores(env, PreferenceData(config.folder), env.prompt_ids(), seed=self.data_seed)
+        self.built = min(self.writer.groups, config.prompts)  # groups this run has, found or sampled
         self.learner = PairLearner(env, policy, config)
+        self.learner.data_cost = self.writer.cost(self.built)
         self._open_if_complete()
 
     def update(self) -> dict[str, float]:
@@ -157,8 +167,8 @@ class VideoDPO:
 
         Returns:
             groups_built; while sampling reward_mean, reward_std, reward_group_std_mean, zero_std_fraction of the new
-            videos; the numbers of `offline_pairs.PairLearner.train`, 0 while sampling; weight_mean and weight_max of
-            the pairs.
+            videos; the numbers of `offline_pairs.PairLearner.train`, 0 while sampling, of which data_device_s and the
+            like are the cost of the groups that were there when the run began; weight_mean and weight_max of the pairs.
 
         Raises:
             FloatingPointError: the gradient is not finite; this optimiser step was not taken.
@@ -167,22 +177,19 @@ class VideoDPO:
         if self.learner.ready:
             row = self.learner.train()
         else:
-            start, step = self.writer.groups, c.videos_per_update // c.candidates
-            new = sample_groups(
-                self.env,
-                self.policy,
-                self.env.prompt_ids(),
-                range(start, min(start + step, c.prompts)),
-                candidates=c.candidates,
-                seed=c.seed,
-            )
-            new.append_to(self.writer)
+            stop = min(self.built + c.videos_per_update // c.candidates, c.prompts)
+            wanted, ids = range(self.built, stop), self.env.prompt_ids()
+            new = sample_groups(self.env, self.policy, ids, wanted, candidates=c.candidates, seed=self.data_seed)
+            # Some are there already where the run was killed after the checkpoint that it goes on from.
+            if self.writer.groups < stop:
+                new.after(self.writer.groups - self.built).append_to(self.writer)
+            self.built = stop
             sampled = reward_metrics(new.reward.flatten(), c.candidates)
             self._open_if_complete()
             row = self.learner.idle()
         weight = torch.zeros(1) if self.learner.weight is None else self.learner.weight
         return {
-            "groups_built": float(min(self.writer.groups, c.prompts)),
+            "groups_built": float(self.built),
             **sampled,
             **row,
             "weight_mean": float(weight.mean()),
@@ -191,7 +198,7 @@ class VideoDPO:
 
     def _open_if_complete(self) -> None:
         c = self.config
-        if self.writer.groups < c.prompts:
+        if self.built < c.prompts:
             return
         data = PreferenceData(c.folder)
         table = data.pairs(c.pairs, torch.Generator().manual_seed(c.seed), groups=c.prompts)
@@ -202,15 +209,28 @@ class VideoDPO:
         self.learner.open(data, table, weight)
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimiser, its steps, generator and a hash of the pairs; the data stay in their folder."""
-        return self.learner.state_dict()
+        """That of `offline_pairs.PairLearner`, and how many groups the run has; the data stay in their folder."""
+        return {**self.learner.state_dict(), "built": self.built}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on exactly where `state_dict()` was taken, given the policy's weights of that moment and the folder.
 
-        Groups that were written after the state was taken are there already and are not sampled again.
+        Groups that were written after the state was taken are sampled again, so that updates and costs are those of the
+        run that went on; they are not written again.
 
         Raises:
-            ValueError: the state was taken with other pairs.
+            ValueError: the state was taken with other pairs, or the folder lacks groups that the run had.
+            CorruptWeightsError: the saved reference is of another policy.
         """
+        built, there = int(state["built"]), self.writer.groups
+        if built > there:
+            raise ValueError(
+                f"the state was saved when {built} groups were built, but {self.config.folder} holds {there}; put the "
+                f"folder back as it was, or begin the run anew"
+            )
+        self.built = min(built, self.config.prompts)
+        if self.built < self.config.prompts:
+            self.learner.close()
+        elif not self.learner.ready:
+            self._open_if_complete()
         self.learner.load_state_dict(state)

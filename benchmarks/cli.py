@@ -1,49 +1,48 @@
-"""The console command `vdm-env`."""
+"""The console command `vdm-env`. Only the module of the command that is asked for is imported."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 
-import tyro
+from benchmarks.arguments import refuse
 
-from benchmarks.arguments import parse
-from benchmarks.demo import DemoConfig, demo
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EnvsConfig:
-    """List the environment ids, models and rewards there are."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReportConfig:
-    """Write report.html and report.md again from the files of earlier runs."""
-
-    folder: Annotated[str, tyro.conf.Positional]
-    """folder with runs, such as runs/demo"""
-
-
-Command = (
-    Annotated[DemoConfig, tyro.conf.subcommand("demo")]
-    | Annotated[EnvsConfig, tyro.conf.subcommand("envs")]
-    | Annotated[ReportConfig, tyro.conf.subcommand("report")]
-)
+PROGRAM = "vdm-env"
+COMMANDS: dict[str, tuple[str, str]] = {
+    "envs": ("benchmarks.commands.envs", "models, rewards and environments there are"),
+    "algos": ("benchmarks.commands.algos", "algorithms there are, and the settings of one"),
+    "demo": ("benchmarks.commands.demo", "two algorithms on a small video model, and a report"),
+    "train": ("benchmarks.commands.train", "train one algorithm on one environment"),
+    "bench": ("benchmarks.commands.bench", "one algorithm over several seeds, with tables"),
+    "study": ("benchmarks.commands.study", "a blind comparison of two runs by a person"),
+    "report": ("benchmarks.commands.report", "report.html and report.md of runs, written again"),
+    "sample": ("benchmarks.commands.sample", "videos before and after training, side by side"),
+    "eval": ("benchmarks.commands.evaluate", "scores on held-out prompts, with intervals"),
+    "export": ("benchmarks.commands.export", "a run's LoRA with a model card, for diffusers and PEFT"),
+    "download": ("benchmarks.commands.download", "fetch published weights"),
+}
+"""Module and one line about each command."""
 
 
-def envs() -> int:
-    """Prints what `vdm_env.make` knows."""
-    import vdm_env
-
-    for title, names in (
-        ("models", vdm_env.list_models()),
-        ("rewards", vdm_env.list_rewards()),
-        ("environments", vdm_env.list_envs()),
-    ):
-        print(f"{title}:", *names, sep="\n  ")
-    return 0
+def overview() -> str:
+    """The help of `vdm-env` itself."""
+    lines = [f"  {name:<10}{summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"usage: {PROGRAM} COMMAND [OPTIONS]",
+            "",
+            "Alignment of video diffusion models as reinforcement learning.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            f"{PROGRAM} COMMAND --help explains the options of a command; {PROGRAM} --version says the version.",
+            f"Start with: {PROGRAM} train --env MovingShapes-HPS --algo vader --budget 2min",
+        ]
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,14 +51,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: code 2 for arguments the parser refuses, 0 after --help.
     """
-    command = parse(Command, arguments, "vdm-env")
-    if isinstance(command, DemoConfig):
-        return demo(command)
-    if isinstance(command, ReportConfig):
-        from benchmarks.report import main as report
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    name = given[0] if given else ""
+    if name in ("-h", "--help"):
+        print(overview())
+        raise SystemExit(0)
+    if name == "--version":
+        print(PROGRAM, _version())
+        return 0
+    if name not in COMMANDS:
+        near = get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}"
+        asked = f"unknown command {name!r}" if name else "no command given"
+        refuse(PROGRAM, f"{asked}: {hint} (see {PROGRAM} --help)")
+    try:
+        return import_module(COMMANDS[name][0]).main(given[1:])
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        print(f"\n{PROGRAM} {name}: interrupted", file=sys.stderr)
+        return 130
 
-        return report([command.folder])
-    return envs()
+
+def _version() -> str:
+    try:
+        return version("vdm-env")
+    except PackageNotFoundError:  # run from a copy that is not installed
+        import vdm_env
+
+        return vdm_env.__version__
 
 
 if __name__ == "__main__":

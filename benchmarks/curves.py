@@ -7,7 +7,8 @@ The sampling of `make demo` (5 steps, no guidance) and the algorithms' presets, 
 `--split validation`; the default opens the test prompts. `curves.csv` has one row for each evaluation, `changes.csv`
 one for each seed: reward and gold score before and after, paired over prompts and noise; `table.csv` and `table.md` one
 for each algorithm, with 95 % intervals over seeds. The same command again goes on where it was stopped: finished seeds
-stay, a seed that was broken off starts anew (so give no seed to two processes at once).
+stay, and a seed that was broken off continues from its last checkpoint (with a budget in updates, as if it had never
+been stopped).
 
 A budget in updates gives the same videos and rewards on a busy machine as on an idle one; `cpu_s` are the CPU-seconds
 of training, which other work on the machine hardly changes.
@@ -41,7 +42,7 @@ class CurvesConfig:
     env_id: str = ENV_ID
     """environment, such as MovingShapes-HPS"""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """training seeds; those whose run in `out` is done are not run again, one that was broken off starts anew"""
+    """training seeds; those whose run in `out` is done are not run again, one that was broken off is continued"""
     budget: str | None = None
     """device time of each run for rollout, reward and update, such as 90s or 30min"""
     updates: int | None = None
@@ -135,9 +136,8 @@ def curves(config: CurvesConfig) -> int:
             folder = out / config.algo / config.env_id / f"seed_{seed}"
             if (folder / "DONE").exists():
                 continue
-            fresh = (folder / "run.json").exists()
-            if fresh:
-                print(f"curves: {folder} did not reach its end: this seed starts again", flush=True)
+            if (folder / "run.json").exists():
+                print(f"curves: {folder} did not reach its end: this seed is continued", flush=True)
             result = train(
                 config.algo,
                 out=out,
@@ -148,7 +148,7 @@ def curves(config: CurvesConfig) -> int:
                 updates=config.updates,
                 changes=overrides(config.set, seed),
                 eval_every=_eval_every(config),
-                fresh=fresh,
+                resume="auto",
             )
             trained = True
             if result.interrupted:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.arguments import one_line
 
@@ -52,6 +52,7 @@ def train(
     eval_every: str | int | None = None,
     changes: Mapping[str, Any] | None = None,
     fresh: bool = False,
+    resume: bool | Literal["auto"] = False,
 ) -> Any:
     """Trains one algorithm on train prompts and evaluates it on those of `setup.split`.
 
@@ -66,20 +67,26 @@ def train(
         eval_every: see `algos.run`.
         changes: fields of the config that differ from its preset.
         fresh: remove an earlier run of this seed first.
+        resume: continue an earlier run of this seed, see `algos.run`.
 
     Returns:
         The `algos.run.RunResult`; the run's folder is <out>/<algorithm>/<env_id>/seed_<n>.
 
     Raises:
         SetupError: the arguments fit no environment, preset or prompts; nothing was written.
+        ValueError: the run cannot be continued, or there is one already; see `algos.run`.
         Exception: whatever stopped the training, which its folder records as FAILED.
     """
     started = time.perf_counter()
     import algos
     from algos.run import run_folder
 
+    # Where preference data are kept: those that VideoDPO built serve OfflineDPO with the same seed.
+    data = {"folder": str(run_folder(out.parent, out.name, "preferences", setup.env_id, seed))}
     try:
-        env, policy, algorithm, evaluator = build(name, setup, seed, changes or {})
+        keeps_data = any(field.name == "folder" for field in fields(algos.load(name)[1]))
+        changes = {**(data if keeps_data else {}), **(changes or {})}
+        env, policy, algorithm, evaluator = build(name, setup, seed, changes)
     except (ValueError, TypeError, OSError) as error:
         raise SetupError(one_line(error)) from error
     return algos.run(
@@ -90,12 +97,13 @@ def train(
         evaluate=evaluator,
         eval_every=eval_every,
         seed=seed,
-        task=describe(env, setup, command),
+        task=describe(env, evaluator.env, setup, command),
         algo=name,
         env=env,
         policy=policy,
         setup_s=time.perf_counter() - started,
         fresh=fresh,
+        resume=resume,
     )
 
 
@@ -141,15 +149,17 @@ def build(name: str, setup: Setup, seed: int, changes: Mapping[str, Any]) -> tup
     config = replace(preset, seed=seed, **changes)
     policy = env.make_policy(seed=seed)
     algorithm = algorithm_class(env, policy, config)
-    held_out = env.derive(split=setup.split, num_envs=sampling["num_envs"], group_size=1, decode_frames=None)
+    # All are evaluated with the same sampler, also those that train with another noise level.
+    common = {"noise_level": sampling.get("noise_level", env.model.spec.noise_level), "decode_frames": None}
+    held_out = env.derive(split=setup.split, num_envs=sampling["num_envs"], group_size=1, **common)
     prompt_ids = held_out.prompt_ids(setup.split)
     every = max(1, len(prompt_ids) // _NUM_PROMPTS)  # spread over the split, whose neighbours resemble each other
     evaluator = algos.Evaluator(held_out, prompt_ids[::every][:_NUM_PROMPTS], setup.noise_seeds, num_videos=_NUM_VIDEOS)
     return env, policy, algorithm, evaluator
 
 
-def describe(env: Any, setup: Setup, command: str) -> dict[str, Any]:
-    """The task of a run, for its record."""
+def describe(env: Any, held_out: Any, setup: Setup, command: str) -> dict[str, Any]:
+    """The task of a run, for its record; sampling is that of the evaluation environment."""
     env_id = setup.env_id
     label = f"{env_id} (own small weights)" if env.model.spec.world else env_id
     limits = list(setup.limits)
@@ -168,10 +178,10 @@ def describe(env: Any, setup: Setup, command: str) -> dict[str, Any]:
         "num_frames": frames,
         "height_px": height,
         "width_px": width,
-        "num_steps": env.num_steps,
-        "sampler": env.mdp.sampler,
-        "noise_level": env.mdp.noise_level,
-        "guidance_scale": env.config.guidance_scale,
+        "num_steps": held_out.num_steps,
+        "sampler": held_out.mdp.sampler,
+        "noise_level": held_out.mdp.noise_level,
+        "guidance_scale": held_out.config.guidance_scale,
         "num_envs": env.num_envs,
         "group_size": env.group_size,
         "prompts_train_sha256": env.prompts.sha256("train"),

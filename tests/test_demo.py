@@ -36,7 +36,7 @@ class FakeTraining:
             status = "FAILED"
         task = {"command": given["command"]}
         folder = out / name / "Task" / f"seed_{seed}"
-        if given.get("fresh"):
+        if given.get("resume") and (folder / "run.json").exists():  # the fake continues nothing
             (folder / "run.json").rename(out / f"removed_{seed}.json")
             folder.rename(out / f"removed_{seed}")
         write_run(out, name, seed=seed, gain=0.4, status=status, evaluations=evaluations, end=end, task=task)
@@ -147,10 +147,10 @@ def test_curves_go_on_where_they_were_stopped(
     capsys.readouterr()
     fake = use(monkeypatch, curves)
     assert run_curves(tmp_path) == 0
-    assert [(call["seed"], call["fresh"]) for call in fake.calls] == [(1, True), (2, False)]
+    assert [(call["seed"], call["resume"]) for call in fake.calls] == [(1, "auto"), (2, "auto")]
     said = capsys.readouterr().out.splitlines()
-    assert [line for line in said if "starts again" in line] == [
-        f"curves: {tmp_path / 'vader' / 'Task' / 'seed_1'} did not reach its end: this seed starts again"
+    assert [line for line in said if "is continued" in line] == [
+        f"curves: {tmp_path / 'vader' / 'Task' / 'seed_1'} did not reach its end: this seed is continued"
     ]
     assert statuses(tmp_path) == {"0": "DONE", "1": "DONE", "2": "DONE"}
     command = json.loads((tmp_path / "vader" / "Task" / "seed_2" / "run.json").read_text())["task"]["command"]
@@ -210,10 +210,12 @@ def test_curves_without_an_end_are_refused(tmp_path: Path, capsys: pytest.Captur
 
 def test_only_a_world_of_ones_own_is_called_that() -> None:
     setup = training.Setup(limits=["tuned by hand"])
-    own = training.describe(fake_env("MovingShapes", "moving_shapes"), setup, "c")
+    env = fake_env("MovingShapes", "moving_shapes")
+    own = training.describe(env, env, setup, "c")
     assert own["reward_train"] == training.REWARD == "MovingShapes-HPS (own small weights)" and len(own["limits"]) == 2
     setup = training.Setup(env_id="VideoCrafter2-HPS", limits=["tuned by hand"])
-    other = training.describe(fake_env("VideoCrafter2", None), setup, "c")
+    env = fake_env("VideoCrafter2", None)
+    other = training.describe(env, env, setup, "c")
     assert (other["reward_train"], other["model_id"]) == ("VideoCrafter2-HPS", "VideoCrafter2")
     assert other["limits"] == ["tuned by hand"]
 
@@ -233,10 +235,16 @@ def test_a_model_without_a_preset_is_refused_by_name(
 @pytest.mark.parametrize("algo", sorted(ZOO))
 @pytest.mark.parametrize("model", ["MovingShapes", "MovingShapesUNet"])
 def test_every_algorithm_of_the_zoo_has_presets_for_the_embedded_models_and_trains_with_them(
-    algo: str, model: str
+    algo: str, model: str, tmp_path: Path
 ) -> None:
     setup = training.Setup(env_id=f"{model}-HPS", noise_seeds=[0])
-    env, policy, algorithm, evaluator = training.build(algo, setup, seed=3, changes={})
+    changes = {"folder": str(tmp_path / "data")} if algo in ("videodpo", "offline_dpo") else {}
+    if algo == "offline_dpo":
+        with pytest.raises(FileNotFoundError, match="data"):
+            training.build(algo, setup, seed=3, changes=changes)
+        return
+    env, policy, algorithm, evaluator = training.build(algo, setup, seed=3, changes=changes)
+    assert evaluator.env.mdp.noise_level == env.model.spec.noise_level  # one sampler for all that are compared
     assert algorithm.config.seed == 3 and algorithm.env is env and len(evaluator.prompt_ids) == 16
     assert env.num_steps == training.SAMPLING["num_steps"] and policy.guidance_scale == 1.0
 

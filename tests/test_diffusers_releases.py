@@ -111,7 +111,7 @@ def test_missing_weights_say_what_to_fetch(name: str) -> None:
     with pytest.raises(MissingWeightsError) as error:
         make(f"{name}-HPS")
     text = str(error.value)
-    for expected in (wanted.published.repository, "transformer/*", "tokenizer", "GB", "Licence", "hf download"):
+    for expected in (wanted.published.repository, "transformer/*", "tokenizer", "GB", "Licence", "vdm-env download"):
         assert expected in text
     assert f'make("{name}-...", weights="random", scale="tiny")' in text
 
@@ -127,11 +127,11 @@ def test_relatives_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         config.write_text(json.dumps({"num_layers": layers, "in_channels": channels}))
         for name in ("Wan2.1_1.3B", "Wan2.1_14B", "Wan2.2_5B"):
             # of the right one only the weights themselves are missing
-            with pytest.raises(MissingWeightsError, match="no weights of" if name == found else "hf download"):
+            with pytest.raises(MissingWeightsError, match="no weights of" if name == found else "vdm-env download"):
                 load(name)
     config.write_text(json.dumps({"num_layers": 40, "in_channels": 16}))
     shutil.copytree(tmp_path / "transformer", tmp_path / "transformer_2")
-    with pytest.raises(MissingWeightsError, match="hf download"):
+    with pytest.raises(MissingWeightsError, match="vdm-env download"):
         load("Wan2.1_14B")
     with pytest.raises(MissingWeightsError, match="no weights of"):
         load("Wan2.2_A14B")

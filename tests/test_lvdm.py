@@ -236,7 +236,15 @@ def test_missing_weights_are_one_clear_error(only_here: Path, model: str, reposi
     load = t2v_turbo.load if model.startswith("T2V") else unet3d.load
     with pytest.raises(MissingWeightsError) as caught:
         load(spec, weights="pretrained", scale="full", **PLACE)
-    pieces = (repository, file, "GB", "Licence", "VDM_WEIGHTS", f"hf download {repository}", 'make("MovingShapes-HPS")')
+    pieces = (
+        repository,
+        file,
+        "GB",
+        "Licence",
+        "VDM_WEIGHTS",
+        f"`vdm-env download {model}`",
+        'make("MovingShapes-HPS")',
+    )
     for piece in pieces:
         assert piece in str(caught.value)
 

@@ -164,6 +164,8 @@ def test_readme_layout_names_files_that_exist() -> None:
         indent, name = len(line) - len(line.lstrip()), line.split()[0]
         if indent == 0:
             folder = ROOT / name
-        if indent <= 2 and not ((ROOT if indent == 0 else folder) / name).exists():
-            missing.append(f"{folder.name}/{name}")
+        if indent > 2:
+            continue
+        names = {name.rstrip(","), *re.findall(r"(?<![\w/])\w+\.py", line)}
+        missing += [f"{folder.name}/{n}" for n in names if not ((ROOT if indent == 0 else folder) / n).exists()]
     assert not missing, f"the layout in README.md names {missing}"

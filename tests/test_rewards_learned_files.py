@@ -32,11 +32,11 @@ def small_and_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def random_reward(name: str) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        return REWARDS[name].build(RewardContext(weights="random", scale="tiny", seed=2, num_frames=8))
+        return REWARDS[name].build(RewardContext(weights="random", scale="tiny", seed=2, num_frames=4))
 
 
 def load(name: str, folder: Path) -> Any:
-    return REWARDS[name].build(RewardContext(folder=folder, num_frames=8))
+    return REWARDS[name].build(RewardContext(folder=folder, num_frames=4))
 
 
 def write_vocabulary(folder: Path) -> None:
@@ -119,7 +119,7 @@ def test_released_layouts_load(name: str, tmp_path: Path) -> None:
         assert loaded.height == 512
         loaded.height = original.height
     generator = torch.Generator().manual_seed(0)
-    video = torch.rand(2, 8, 3, 24, 24, generator=generator)
+    video = torch.rand(2, 4, 3, 24, 24, generator=generator)
     assert loaded.name == name and loaded.frames == original.frames
     assert torch.equal(loaded(video, PROMPTS), original(video, PROMPTS))
 
@@ -197,19 +197,19 @@ def test_incomplete_containers_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "mentions"),
     [
-        ("Compression", [CLIP, "hf download"]),
-        ("ObjectRemoval", ["hustvl/yolos-base", "config.json", "model.safetensors", "hf download"]),
-        ("ObjectRemovalDINO", ["IDEA-Research/grounding-dino-base", "vocab.txt", "hf download"]),
+        ("Compression", [CLIP, "vdm-env download"]),
+        ("ObjectRemoval", ["hustvl/yolos-base", "config.json", "model.safetensors", "vdm-env download"]),
+        ("ObjectRemovalDINO", ["IDEA-Research/grounding-dino-base", "vocab.txt", "vdm-env download"]),
         ("VJEPA", ["vitl16.pth.tar", "curl -L -O https://dl.fbaipublicfiles.com/jepa/vitl16/vitl16.pth.tar"]),
-        ("VJEPA2", ["facebook/vjepa2-vitl-fpc64-256", "model.safetensors", "hf download"]),
-        ("ViCLIP", ["OpenGVLab/ViCLIP", "ViClip-InternVid-10M-FLT.pth", "hf download"]),
-        ("ImageReward", ["THUDM/ImageReward", "ImageReward.pt", "hf download"]),
+        ("VJEPA2", ["facebook/vjepa2-vitl-fpc64-256", "model.safetensors", "vdm-env download"]),
+        ("ViCLIP", ["OpenGVLab/ViCLIP", "ViClip-InternVid-10M-FLT.pth", "vdm-env download"]),
+        ("ImageReward", ["THUDM/ImageReward", "ImageReward.pt", "vdm-env download"]),
     ],
 )
 def test_missing_weights_say_what_to_fetch(name: str, mentions: list[str], tmp_path: Path) -> None:
     with pytest.raises(MissingWeightsError) as caught:
         load(name, tmp_path)
-    for text in [*mentions, name, str(tmp_path), "MovingShapes-HPS", "weights='random'"]:
+    for text in [*mentions, f"vdm-env download {name}", str(tmp_path), "MovingShapes-HPS", "weights='random'"]:
         assert text in str(caught.value)
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from algos import Evaluator, run
-from algos.checkpoint import load_checkpoint, save_checkpoint, split_tensors
+from algos.checkpoint import DamagedCheckpointError, load_checkpoint, save_checkpoint, split_tensors
+from algos.checkpoint_store import best_checkpoint, checkpoints, newest_checkpoint
 from algos.meter import COUNTS, METRICS, RESERVED, Meter
 from algos.run import run_folder, seconds
 
@@ -106,6 +107,9 @@ class FakePolicy:
     def save(self, folder: Path) -> None:
         folder.mkdir()
         (folder / "adapter.txt").write_text(str(self.value))
+
+    def load(self, folder: Path) -> None:
+        self.value = float((folder / "adapter.txt").read_text())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,10 +301,11 @@ def test_a_run_in_updates_writes_the_whole_record(tmp_path: Path) -> None:
     assert json.loads((out / "DONE").read_text())["reason"] == "updates"
     with np.load(out / "samples" / "eval_000004.npz", allow_pickle=False) as kept:
         assert kept["videos"].shape == (1, 2, 4, 4, 3) and kept["prompts"].tolist() == ["prompt 0"]
-    state = load_checkpoint(out / "checkpoint")
+    state = load_checkpoint(newest_checkpoint(out))
     assert state["update"] == 5 and state["algorithm"]["moments"][0].tolist() == [5.0, 5.0]
-    assert (out / "checkpoint" / "policy" / "adapter.txt").read_text() == "1.75"
-    assert not list(out.glob("checkpoint.*")) and not list(out.glob("*.part"))
+    assert (newest_checkpoint(out) / "policy" / "adapter.txt").read_text() == "1.75"
+    assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["000004", "000005", "best.json"]
+    assert best_checkpoint(out) == newest_checkpoint(out) and not list(out.rglob("*.part"))
 
 
 def test_a_budget_in_device_seconds_ends_with_the_update_that_crosses_it(
@@ -347,7 +352,7 @@ def test_the_first_signal_finishes_the_update(tmp_path: Path, number: int) -> No
     assert [row["update"] for row in rows(tmp_path / "train.jsonl")] == [1, 2]
     assert json.loads((tmp_path / "INTERRUPTED").read_text())["videos_sampled"] == 8
     assert not (tmp_path / "DONE").exists()
-    assert load_checkpoint(tmp_path / "checkpoint")["algorithm"]["done"] == 2
+    assert load_checkpoint(newest_checkpoint(tmp_path))["algorithm"]["done"] == 2
     assert signal.getsignal(number) is before
 
 
@@ -363,7 +368,7 @@ def test_the_second_signal_drops_the_update(tmp_path: Path) -> None:
     assert [row["update"] for row in rows(tmp_path / "train.jsonl")] == [1, 2]
     # The dropped update's cost was spent all the same; its half-changed weights are not kept.
     assert json.loads((tmp_path / "INTERRUPTED").read_text())["videos_sampled"] == 12
-    assert load_checkpoint(tmp_path / "checkpoint")["update"] == 2
+    assert load_checkpoint(newest_checkpoint(tmp_path))["update"] == 2
 
 
 def test_a_signal_breaks_off_an_evaluation_without_half_of_its_rows(tmp_path: Path) -> None:
@@ -381,7 +386,7 @@ def test_a_signal_breaks_off_an_evaluation_without_half_of_its_rows(tmp_path: Pa
     result = run(algorithm, out=tmp_path, updates=9, evaluate=evaluator, eval_every=1, progress=False)
     assert result.interrupted and result.updates == 1
     assert {row["update"] for row in rows(tmp_path / "eval.jsonl")} == {0}
-    assert load_checkpoint(tmp_path / "checkpoint")["update"] == 1
+    assert load_checkpoint(newest_checkpoint(tmp_path))["update"] == 1
 
 
 def test_a_crash_is_recorded_and_raised(tmp_path: Path) -> None:
@@ -399,18 +404,39 @@ def test_a_crash_is_recorded_and_raised(tmp_path: Path) -> None:
 def test_checkpoints_come_with_the_evaluations_unless_told_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int | None, kept: list[int]
 ) -> None:
-    module, clock, saved = import_module("algos.run"), Clock(), []
+    clock, saved = Clock(), []
 
     def save(folder: Path, state: dict[str, Any], policy: Any) -> None:
         clock.now += 7
         saved.append(state["update"])
 
-    monkeypatch.setattr(module, "save_checkpoint", save)
-    monkeypatch.setattr(module, "Meter", lambda **options: Meter(clock=clock, **options))
+    monkeypatch.setattr(import_module("algos.checkpoint_store"), "save_checkpoint", save)
+    monkeypatch.setattr(import_module("algos.run"), "Meter", lambda **options: Meter(clock=clock, **options))
     run(FakeAlgorithm(), out=tmp_path, updates=5, eval_every=2, checkpoint_every=every, progress=False)
     assert saved == kept
     done = json.loads((tmp_path / "DONE").read_text())
     assert (done["checkpoint_s"], done["device_s"]) == (7 * len(kept), 0)  # timed, and not charged
+
+
+def test_the_last_checkpoints_and_the_best_one_are_kept(tmp_path: Path) -> None:
+    algorithm = FakeAlgorithm()
+
+    def move(by: float) -> Any:
+        return lambda: setattr(algorithm.policy, "value", algorithm.policy.value + by)
+
+    algorithm.hooks = {4: move(-9.0), 6: move(-1.0)}
+    evaluator = Evaluator(FakeEnv(), [0])
+    run(algorithm, out=tmp_path, updates=7, evaluate=evaluator, eval_every=1, checkpoint_every=2, progress=False)
+    # Update 3 evaluated best, and was not due for a checkpoint.
+    assert list(checkpoints(tmp_path)) == [3, 6, 7] and best_checkpoint(tmp_path).name == "000003"
+    assert json.loads((tmp_path / "checkpoints/best.json").read_text()) == {"update": 3, "reward": 1.25}
+    assert load_checkpoint(best_checkpoint(tmp_path))["algorithm"]["done"] == 3
+    run(FakeAlgorithm(), out=tmp_path / "b", updates=7, checkpoint_every=1, keep_checkpoints=3, progress=False)
+    assert list(checkpoints(tmp_path / "b")) == [5, 6, 7]
+    with pytest.raises(FileNotFoundError, match="no evaluated checkpoint"):
+        best_checkpoint(tmp_path / "b")
+    with pytest.raises(FileNotFoundError, match="stopped before its first one"):
+        newest_checkpoint(tmp_path / "c")
 
 
 @pytest.mark.parametrize(("fails_at", "kept"), [(3, 2), (2, 2), (5, 5)])
@@ -431,7 +457,7 @@ def test_a_failed_run_keeps_its_state(tmp_path: Path, fails_at: int, kept: int) 
     algorithm.hooks = {4: crash} if fails_at == 3 else {}
     with pytest.raises(RuntimeError):
         run(algorithm, out=tmp_path, updates=5, evaluate=evaluator, eval_every=2, progress=False)
-    assert (tmp_path / "FAILED").exists() and load_checkpoint(tmp_path / "checkpoint")["update"] == kept
+    assert (tmp_path / "FAILED").exists() and load_checkpoint(newest_checkpoint(tmp_path))["update"] == kept
 
 
 def test_a_folder_holds_one_run(tmp_path: Path) -> None:
@@ -523,3 +549,24 @@ def test_a_checkpoint_survives_a_crash_while_the_next_is_written(tmp_path: Path)
     assert load_checkpoint(folder)["update"] == 3
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         load_checkpoint(tmp_path / "other")
+
+
+def break_file(path: Path, how: str) -> None:
+    data = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    else:
+        path.write_bytes(data[:-2] + bytes([data[-2] ^ 1]) + data[-1:])
+
+
+@pytest.mark.parametrize("how", ["missing", "cut", "one bit"])
+@pytest.mark.parametrize("name", ["state.json", "tensors.safetensors", "policy/adapter.txt", "manifest.json"])
+def test_damage_of_a_checkpoint_is_seen(tmp_path: Path, name: str, how: str) -> None:
+    folder = tmp_path / "checkpoint"
+    save_checkpoint(folder, {"update": 1, "tensor": torch.ones(3)}, FakePolicy())
+    assert load_checkpoint(folder)["tensor"].tolist() == [1, 1, 1]
+    break_file(folder / name, how)
+    with pytest.raises(DamagedCheckpointError, match=name.replace(".", r"\.")):
+        load_checkpoint(folder)

@@ -12,6 +12,7 @@ from vdm_env.errors import CorruptWeightsError, MissingWeightsError
 from vdm_env.gym import register_envs
 from vdm_env.mdp import DenoisingMDP
 from vdm_env.policy import DenoisingPolicy, MeanNormal
+from vdm_env.prompt_sets import list_prompt_sets, read_prompts
 from vdm_env.registry import list_envs, list_models, list_rewards, make, register_model, register_reward
 from vdm_env.rewards import Reward, RewardContext
 
@@ -31,8 +32,10 @@ __all__ = [
     "check_reward",
     "list_envs",
     "list_models",
+    "list_prompt_sets",
     "list_rewards",
     "make",
+    "read_prompts",
     "register_model",
     "register_reward",
 ]

@@ -1,4 +1,4 @@
-"""Errors about weight files, one class for each thing a user can do about them."""
+"""Errors of the package's own, one class for each thing a user can do about them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,17 @@ class MissingWeightsError(FileNotFoundError):
 
 class CorruptWeightsError(ValueError):
     """A weight file is there but cannot be used: truncated, damaged, of another architecture, or unsafe to unpickle."""
+
+
+class DownloadError(RuntimeError):
+    """Weights could not be fetched; the message says why and what to do."""
+
+
+class RemoteRewardError(RuntimeError):
+    """A reward that lives elsewhere gave no usable score, after all the attempts it was allowed.
+
+    Nothing was scored and nothing changed: once the server answers again, the same call can be made again.
+    """
 
 
 class ContractError(ValueError):

@@ -215,9 +215,8 @@ class DenoisingMDP:
         ids = [int(i) for i in prompt_ids]
         if self.on_images:
             return self._image_condition(ids, None if video_seeds is None else [int(s) for s in video_seeds])
-        new = sorted({i for i in ids if i not in self._conditions})
-        if new:
-            self._embed(new, [self.prompts[i] for i in new])
+        for i in sorted({i for i in ids if i not in self._conditions}):
+            self._embed(i, self.prompts[i])
         return self._gather(ids)
 
     def unconditional(self, batch: int, condition: Condition | None = None) -> Condition:
@@ -230,7 +229,7 @@ class DenoisingMDP:
         if of_condition is not None and condition is not None:
             return of_condition(condition)
         if -1 not in self._conditions:
-            self._embed([-1], [""])
+            self._embed(-1, "")
         return self._gather([-1] * batch)
 
     def _image_condition(self, ids: list[int], video_seeds: list[int] | None) -> Condition:
@@ -251,11 +250,11 @@ class DenoisingMDP:
             del self._conditions[key]
         return found
 
-    def _embed(self, ids: list[int], texts: list[str]) -> None:
+    def _embed(self, number: int, text: str) -> None:
+        """One text at a time: rounding must not depend on which others happen to be new, as after a restart."""
         with torch.no_grad():
-            condition = self.model.encode_prompts(texts)
-        for row, i in enumerate(ids):
-            self._conditions[i] = {name: values[row].to(self.device) for name, values in condition.items()}
+            condition = self.model.encode_prompts([text])
+        self._conditions[number] = {name: values[0].to(self.device) for name, values in condition.items()}
 
     def _gather(self, keys: Sequence[Any]) -> Condition:
         rows = [self._conditions[key] for key in keys]

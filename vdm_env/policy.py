@@ -31,6 +31,7 @@ from vdm_env.config import check_guidance
 from vdm_env.distribution import MeanNormal
 from vdm_env.errors import CorruptWeightsError
 from vdm_env.mdp import DenoisingMDP
+from vdm_env.memory import activations_in_main_memory
 from vdm_env.models.base import VideoModel
 
 Observation = Mapping[str, Tensor]
@@ -50,10 +51,13 @@ class DenoisingPolicy(nn.Module):
         lora_targets: endings of the linear layers' names; the model's own default if None.
         guidance_scale: classifier-free guidance w of `mean` and of sampling; 1 is none.
         gradient_checkpointing: recompute the network in the backward pass instead of storing its activations.
+        offload_activations: keep what is stored for the backward pass in main memory, see `vdm_env.memory`; with
+            gradient_checkpointing that is each call's inputs.
         seed: of the adapter's initial values.
 
     Raises:
-        ValueError: a negative rank, or targets that no layer's name ends with.
+        ValueError: a negative rank, targets that no layer's name ends with, or lora_rank=0 on a network in half
+            precision, where small steps round to nothing.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class DenoisingPolicy(nn.Module):
         lora_targets: Sequence[str] | None = None,
         guidance_scale: float = 1.0,
         gradient_checkpointing: bool = False,
+        offload_activations: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -76,6 +81,7 @@ class DenoisingPolicy(nn.Module):
         self._mdp = mdp
         self.guidance_scale = float(guidance_scale)
         self.gradient_checkpointing = gradient_checkpointing
+        self.offload_activations = offload_activations
         self.lora_rank = lora_rank
         self._reference_on = False
         self._snapshot: dict[str, Tensor] = {}
@@ -98,6 +104,12 @@ class DenoisingPolicy(nn.Module):
             for _, parameter in self._named_adapter():
                 parameter.data = parameter.data.to(mdp.dtype)
         else:
+            coarse = sorted({str(p.dtype) for p in mdp.model.denoiser.parameters() if p.dtype.itemsize < 4})
+            if coarse:
+                raise ValueError(
+                    f"lora_rank=0 trains all weights in the network's own {coarse[0]}, in which steps of 1e-5 round to "
+                    f"nothing; make the env with dtype=torch.float32, or give lora_rank=16, whose weights are float32"
+                )
             # The copy is trained; the model's own network stays what it was and serves as the reference.
             self._model = copy.copy(mdp.model)
             network = _without_adapters(copy.deepcopy(mdp.model.denoiser)).eval().requires_grad_(True)
@@ -156,10 +168,11 @@ class DenoisingPolicy(nn.Module):
             # graph that waits for its backward pass keeps its gradients.
             return torch.func.functional_call(_Predictor(model), snapshot, (x, t, condition))
 
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            output = checkpoint(call, x, t, use_reentrant=False, preserve_rng_state=False)
-        else:
-            output = call(x, t)
+        with activations_in_main_memory(self._model.denoiser, self.offload_activations and torch.is_grad_enabled()):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                output = checkpoint(call, x, t, use_reentrant=False, preserve_rng_state=False)
+            else:
+                output = call(x, t)
         if output.requires_grad:
 
             def count_backward(gradient: Tensor) -> None:
@@ -227,9 +240,9 @@ class DenoisingPolicy(nn.Module):
 
     def _named_trainable(self) -> list[tuple[str, nn.Parameter]]:
         """Names as in `_Predictor`, in a fixed order."""
-        named = self._model.denoiser.named_parameters()
-        named = self._named_adapter() if self.lora_rank else [(n, p) for n, p in named if p.requires_grad]
-        return [(f"denoiser.{n}", p) for n, p in named]
+        if self.lora_rank:
+            return [(f"denoiser.{n}", p) for n, p in self._named_adapter()]
+        return [(f"denoiser.{n}", p) for n, p in self._model.denoiser.named_parameters() if p.requires_grad]
 
     def _plain(self, name: str) -> str:
         """A trainable parameter's name in saved states, which another policy of the same shape can read."""

@@ -1,7 +1,8 @@
 """Environment ids, `make`, and plug-ins.
 
 An id is `<Model>-<Reward>`; rewards combine with `+`, with weights in front: "VideoCrafter2-HPS+Aesthetic",
-"MovingShapes-HPS+0.1*Aesthetic". Other packages add models and rewards through `register_model`, `register_reward`,
+"MovingShapes-HPS+0.1*Aesthetic". A reward of several scores gives one of them when it is named after a colon:
+"VideoCrafter2-VideoScore:temporal". Other packages add models and rewards through `register_model`, `register_reward`,
 or the entry-point groups `vdm_env.models` and `vdm_env.rewards` (a loader or builder each, under the name it gets in
 ids).
 """
@@ -22,7 +23,9 @@ from vdm_env.config import EnvConfig
 from vdm_env.env import DenoisingVectorEnv
 from vdm_env.gym import register_envs
 from vdm_env.images import ImageBook, ImageLike, as_image_book, default_images
+from vdm_env.memory import free_text_encoder as let_go_of_text_encoder
 from vdm_env.models import MODELS, ModelEntry, ModelSpec, VideoModel
+from vdm_env.prompt_sets import prompts_from
 from vdm_env.prompts import PromptBook
 from vdm_env.rewards import REWARDS, Part, Reward, RewardContext, RewardEntry, WeightedSum, as_reward
 from vdm_env.rewards.base import FramePolicy, ScoreFunction
@@ -103,9 +106,10 @@ def register_reward(
 
 
 def _check_new(name: str, taken: Iterable[str]) -> None:
-    if not name or set(name) & set("-+* "):
+    if not name or set(name) & set("-+*: "):
         raise ValueError(
-            f"{name!r} cannot be a name in an environment id: it must be non-empty without '-', '+', '*' and spaces"
+            f"{name!r} cannot be a name in an environment id: it must be non-empty without '-', '+', '*', ':' and "
+            "spaces"
         )
     if name in taken:
         raise ValueError(f"{name!r} is registered already; choose another name")
@@ -120,6 +124,16 @@ def _lookup(kind: str, name: str, table: Mapping[str, Any]) -> Any:
     raise ValueError(f"unknown {kind} {name!r}: {hint}known: {', '.join(sorted(table))}")
 
 
+def _reward_entry(name: str) -> tuple[RewardEntry, str | None]:
+    """The entry of a reward's name, and which of its scores the name asks for, as in "VideoScore:temporal"."""
+    base, colon, dimension = name.partition(":")
+    entry: RewardEntry = _lookup("reward", base, _rewards())
+    if colon and dimension not in entry.dimensions:
+        known = ", ".join(f"{base}:{d}" for d in entry.dimensions) or "it has one score only; leave the colon out"
+        raise ValueError(f"reward {name!r}: {base} gives no score called {dimension!r}: {known}")
+    return entry, dimension or None
+
+
 def parse_id(env_id: str) -> tuple[str, dict[str, float]]:
     """Model name and {reward name: weight} of an id.
 
@@ -131,12 +145,21 @@ def parse_id(env_id: str) -> tuple[str, dict[str, float]]:
     if not dash or not model or not rewards:
         raise ValueError(f"{env_id!r} is no environment id: expected <Model>-<Reward>, for example 'MovingShapes-HPS'")
     _lookup("model", model, _models())
+    return model, parse_rewards(rewards, env_id)
+
+
+def parse_rewards(rewards: str, env_id: str) -> dict[str, float]:
+    """{reward name: weight} of `<Reward>[+<weight>*<Reward>...]`; `env_id` is named in errors.
+
+    Raises:
+        ValueError: unknown names, a name twice, or a weight that is no number.
+    """
     weights: dict[str, float] = {}
     for term in rewards.split("+"):
         factor, star, name = term.partition("*")
         if not star:
             factor, name = "1", term
-        _lookup("reward", name, _rewards())
+        _reward_entry(name)
         if name in weights:
             raise ValueError(f"{env_id!r} names reward {name!r} twice")
         try:
@@ -145,34 +168,78 @@ def parse_id(env_id: str) -> tuple[str, dict[str, float]]:
             raise ValueError(
                 f"{env_id!r}: weight {factor!r} of {name!r} is not a number; write for example 0.5*{name}"
             ) from None
-    return model, weights
+    return weights
 
 
-def build_reward(
-    weights: Mapping[str, float], context: RewardContext, published: RewardContext | None = None
-) -> Reward:
+RewardWeights = Mapping[str, float | Mapping[str, float]]
+"""{reward name: weight}, or {reward name: {"weight": w, "mean": m, "std": s}} for weight * (score - mean) / std"""
+
+
+def build_reward(weights: RewardWeights, context: RewardContext, published: RewardContext | None = None) -> Reward:
     """One reward, or the weighted sum of several, by name; `published` is the context of published networks, if other.
 
     An embedded world always has its own small weights; with published networks the caller's choice of weights counts.
+    A mean and a deviation beside the weight normalise that part (`rewards.calibrate` measures them, and its sum's
+    `config` is such a mapping).
+
+    Raises:
+        ValueError: no reward, an unknown name, or numbers that do not fit.
     """
     if not weights:
         raise ValueError("reward={} names no reward; give at least one, for example {'HPS': 1.0}")
-    parts = [
-        Part(
-            reward=as_reward(entry.build(published if entry.published and published is not None else context)),
-            weight=float(weight),
-        )
-        for entry, weight in ((_lookup("reward", name, _rewards()), weight) for name, weight in weights.items())
-    ]
-    return parts[0].reward if len(parts) == 1 and parts[0].weight == 1.0 else WeightedSum(parts)
+    parts = []
+    for name, weight in weights.items():
+        entry, dimension = _reward_entry(name)
+        chosen = published if entry.published and published is not None else context
+        numbers = dict(weight) if isinstance(weight, Mapping) else {"weight": weight}
+        unknown = sorted(set(numbers) - {"weight", "mean", "std"})
+        if unknown:
+            raise ValueError(f"reward {name!r}: unknown {unknown}; a part has a weight, a mean and a std")
+        reward = as_reward(entry.build(replace(chosen, dimension=dimension)))
+        parts.append(Part(reward=reward, **{key: float(value) for key, value in numbers.items()}))
+    plain = len(parts) == 1 and (parts[0].weight, parts[0].mean, parts[0].std) == (1.0, 0.0, 1.0)
+    return parts[0].reward if plain else WeightedSum(parts)
+
+
+def make_reward(
+    name: str,
+    *,
+    weights: str = "pretrained",
+    scale: str = "full",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    num_frames: int | None = None,
+) -> Reward:
+    """The reward of an environment, without the environment: `make_reward("MovingShapes-HPS")`.
+
+    Args:
+        name: an id, for the reward that environment would have; or rewards alone, "HPS+0.1*Aesthetic", as published.
+        weights, scale, device, dtype, seed: as in `make`.
+        num_frames: of the videos that will be scored, where the network has to fit them.
+
+    Raises:
+        ValueError: an unknown name, or options that do not fit.
+        MissingWeightsError: pretrained weights that are not on this machine.
+    """
+    _check_place(device, dtype)
+    model, _, alone = name.partition("-")
+    if alone and model in _models():
+        world, terms = _models()[model].world, parse_id(name)[1]
+    else:  # any model that has no world of its own gives the same rewards
+        world, terms = None, parse_rewards(name, name)
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "seed": seed, "num_frames": num_frames}
+    chosen = RewardContext(weights=weights, scale=scale, **options)  # type: ignore[arg-type]
+    own = RewardContext(world=world, **options) if world else chosen  # type: ignore[arg-type]
+    return build_reward(terms, own, chosen)
 
 
 def make(
     id: str | None = None,
     *,
     model: VideoModel | str | None = None,
-    reward: Reward | ScoreFunction | str | Mapping[str, float] | None = None,
-    prompts: Mapping[str, Sequence[str]] | Sequence[str] | PromptBook | None = None,
+    reward: Reward | ScoreFunction | str | RewardWeights | None = None,
+    prompts: Mapping[str, Sequence[str]] | Sequence[str] | PromptBook | str | Path | None = None,
     images: Mapping[str, Sequence[ImageLike]] | Sequence[ImageLike] | ImageBook | str | Path | None = None,
     num_envs: int = 1,
     group_size: int = 1,
@@ -192,6 +259,7 @@ def make(
     seed: int = 0,
     api: str = "gymnasium",
     observe_embedding: bool = False,
+    free_text_encoder: bool = False,
     render_mode: str | None = "rgb_array",
 ) -> Any:
     """Makes an environment by name, `make("MovingShapes-HPS", num_envs=4)`, or of your own objects.
@@ -201,10 +269,11 @@ def make(
     Args:
         id: `<Model>-<Reward>`; `list_envs()` lists them. Without it, `model` and `reward` are needed.
         model: a name or a `VideoModel`; wins over the id's.
-        reward: a name, {name: weight}, a `Reward`, or a function of (video [B,F,3,H,W] in [0,1], prompts) to [B];
-            wins over the id's.
-        prompts: a list of texts, or {"train": [...], "validation": [...], "test": [...]}; a world's own prompts if
-            None.
+        reward: a name, {name: weight}, {name: {"weight": ..., "mean": ..., "std": ...}}, a `Reward`, or a function of
+            (video [B,F,3,H,W] in [0,1], prompts) to [B]; wins over the id's.
+        prompts: a list of texts, {"train": [...], "validation": [...], "test": [...]}, the name of a set (see
+            `vdm_env.prompt_sets`: "activities", "actions", "objects", "scenes"), or a file of prompts (see
+            `prompt_sets.read_prompts`); a world's own prompts if None.
         images: what a model that animates images (SVD) starts from: a folder (see `vdm_env.images.read_folder`), a
             list, or {"train": [...], ...} of files, PIL images or tensors [3,H,W] in [0,1]; `prompts` of the same form
             are then their texts. A few drawn ones if None.
@@ -222,10 +291,12 @@ def make(
         seed: of the stream of prompts and noise until `reset(seed=...)`, and of random weights.
         api: "gymnasium" (a torch-native `gymnasium.vector.VectorEnv`) or "torchrl" (a `torchrl.envs.EnvBase`).
         observe_embedding: put what the network is conditioned on into observations, under the model's own names.
+        free_text_encoder: embed all prompts now and give the text encoder's memory back; no other prompts after that.
         render_mode: as in Gymnasium.
 
     Raises:
         ValueError: an unknown name (the nearest are named), an impossible size, step count, sampler or noise level.
+        FileNotFoundError, ImportError: a file of prompts that is not there, or needs a library that is not.
         MissingWeightsError: pretrained weights that are not on this machine; the message says what works now.
     """
     if id is not None and not isinstance(id, str):
@@ -298,6 +369,8 @@ def make(
         context=context,
     )
     env = DenoisingVectorEnv(config, render_mode)
+    if free_text_encoder:
+        let_go_of_text_encoder(env)
     return env.to_torchrl() if api == "torchrl" else env
 
 
@@ -309,7 +382,7 @@ def _prompt_book(spec: ModelSpec, prompts: Any, images: Any, own: Any) -> Prompt
         return default_images()
     if images is not None:
         return as_image_book(images, prompts)
-    prompts = own if prompts is None else prompts
+    prompts = own if prompts is None else prompts_from(prompts) if isinstance(prompts, str | Path) else prompts
     return prompts if isinstance(prompts, PromptBook) else PromptBook(prompts)
 
 

@@ -177,7 +177,8 @@ def raw_weights(reward: Tensor) -> Tensor:
 def best_of_group_weights(reward: Tensor, group_size: int) -> Tensor:
     """Fine-tuning on the best of each group: w_i = 1[R_i = max of its group]; equally good ones all count.
 
-    Source: Flow-GRPO's released SFT baseline (arXiv:2505.05470).
+    Source: Flow-GRPO's released SFT baseline (arXiv:2505.05470). Deviation: groups of equal rewards are left out, where
+    the released code takes all their videos as best.
 
     Args:
         reward: [B], taken as constant; group g is reward[g * group_size : (g + 1) * group_size].

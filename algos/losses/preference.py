@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -67,10 +68,7 @@ def dpo_loss(
         TypeError, ValueError: shapes that do not fit, beta <= 0.
     """
     _check_pairs(prediction, reference, target, beta, weight)
-    target = target.detach()
-    error = (prediction - target).square().flatten(1).mean(1)
-    change = error - (reference.detach() - target).square().flatten(1).mean(1)
-    winner, loser = change.chunk(2)
+    winner, loser = error_change(prediction, reference, target).chunk(2)
     inside = -0.5 * beta * (winner - loser)
     loss = -torch.nn.functional.logsigmoid(inside)
     if weight is not None:
@@ -157,11 +155,13 @@ def d3po_loss(
             f"(D3PO: 0.1 and 0.1)"
         )
     log_ratio = log_prob - reference.detach()
-    ratio = log_ratio.exp()
-    clipped = log_ratio if clip_range is None else ratio.clamp(1 - clip_range, 1 + clip_range).log()
+    clipped = log_ratio
+    if clip_range is not None:  # the logarithm, not the ratio: where exp overflows, its gradient times 0 is NaN
+        clipped = log_ratio.clamp(math.log1p(-clip_range), math.log1p(clip_range))
     winner, loser = clipped.chunk(2)
     inside = beta * (winner - loser)
-    outside = torch.zeros_like(ratio) if clip_range is None else ((ratio - 1).abs() > clip_range).to(ratio.dtype)
+    ratio = log_ratio.detach().exp()
+    outside = (log_ratio.detach() != clipped.detach()).to(ratio.dtype)
     metrics = {
         "implicit_accuracy": (inside > 0).to(inside.dtype).mean(),
         "margin": inside.mean(),
@@ -185,15 +185,17 @@ def error_change(prediction: Tensor, reference: Tensor, target: Tensor) -> Tenso
         target: [B, ...] what the output should be.
 
     Returns:
-        d [B]; below 0 where the trained model fits the video better.
+        d [B], at least float32; below 0 where the trained model fits the video better. Worked out as the mean of
+        (output - reference's) (output + reference's - 2 target): early in training d is a millionth of m, and the
+        difference of two rounded means would be rounding alone.
 
     Raises:
         TypeError, ValueError: shapes that do not fit.
     """
     check_videos(prediction=prediction, reference=reference, target=target)
-    target = target.detach()
-    error = (prediction - target).square().flatten(1).mean(1)
-    return error - (reference.detach() - target).square().flatten(1).mean(1)
+    exact = torch.promote_types(prediction.dtype, torch.float32)
+    p, r, t = (x.to(exact) for x in (prediction, reference.detach(), target.detach()))
+    return ((p - r) * (p + r - 2 * t)).flatten(1).mean(1)
 
 
 def kto_offset(change: Tensor, desirable: Tensor, kind: Offset = "batch") -> Tensor:

@@ -5,6 +5,7 @@ Source: FVD (Unterthiner et al., 2018) and content-debiased FVD (Ge et al., 2024
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -62,3 +63,25 @@ def i3d_input(videos: Tensor, side: int = 224) -> Tensor:
 def videomae_input(videos: Tensor, side: int = 224) -> Tensor:
     """Videos [B,F,3,H,W] in [0,1] -> [B,3,F,side,side] in [0,1]; no mean and std, as content-debiased FVD does it."""
     return _squash(videos, side)
+
+
+def video_features(
+    videos: Tensor, network: Callable[[Tensor], Tensor], prepare: Callable[[Tensor], Tensor], *, chunk_size: int = 8
+) -> Tensor:
+    """Features [N,D] of videos [N,F,3,H,W] in [0,1], for `frechet_distance` or `diversity.diversity`.
+
+    Args:
+        videos: as many frames as the network takes.
+        network: prepared videos [n,3,F,side,side] -> [n,D], or tokens [n,P,D], which are averaged.
+        prepare: `i3d_input` or `videomae_input`.
+        chunk_size: videos at a time.
+
+    Raises:
+        ValueError: features of another shape.
+    """
+    with torch.no_grad():
+        features = torch.cat([network(prepare(part)) for part in videos.split(chunk_size)])
+    features = features.mean(1) if features.ndim == 3 else features
+    if features.ndim != 2 or len(features) != len(videos):
+        raise ValueError(f"the network returned {tuple(features.shape)} for {len(videos)} videos; expected [N,D]")
+    return features

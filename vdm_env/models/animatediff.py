@@ -22,6 +22,7 @@ from diffusers import AutoencoderKL, MotionAdapter, UNet2DConditionModel, UNetMo
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from vdm_env.errors import MissingWeightsError
 from vdm_env.models.base import Condition, FrameCodec, ModelSpec, TokenTextEncoder, frozen
 from vdm_env.models.loading import load_folder
 from vdm_env.models.local_weights import Published, find_cached, find_folder, missing
@@ -49,13 +50,6 @@ SCHEDULE = VPSchedule(
 MAX_FRAMES = 32
 """Positions of the motion modules."""
 TEXT_TOKENS, END_TOKEN = 77, 49407
-ADAPTER = Published(
-    model="AnimateDiff",
-    repository="guoyww/animatediff-motion-adapter-v1-5-3",
-    files=("config.json", "diffusion_pytorch_model.safetensors"),
-    size="about 0.9 GB in float16",
-    licence=f"Apache-2.0 ({UNCONFIRMED})",
-)
 BASE = release(
     "StableDiffusion1.5",
     "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -64,6 +58,14 @@ BASE = release(
     ("unet", "vae", "text_encoder"),
     _class_name="UNet2DConditionModel",
     cross_attention_dim=768,
+)
+ADAPTER = Published(
+    model="AnimateDiff",
+    repository="guoyww/animatediff-motion-adapter-v1-5-3",
+    files=("config.json", "diffusion_pytorch_model.safetensors"),
+    size="about 0.9 GB in float16",
+    licence=f"Apache-2.0 ({UNCONFIRMED})",
+    needs=(BASE.published,),
 )
 
 
@@ -103,9 +105,11 @@ def _pretrained(device: torch.device | str, dtype: torch.dtype) -> dict[str, Any
     cached = find_cached(ADAPTER, "config.json")
     adapter = cached.parent if adapter is None and cached is not None else adapter
     if adapter is None:
-        also = BASE.published
-        raise missing(ADAPTER, [f"It also needs {also.repository!r} ({also.size}; licence: {also.licence})."])
-    base = find_release(BASE)
+        raise missing(ADAPTER)
+    try:
+        base = find_release(BASE)
+    except MissingWeightsError as error:
+        raise missing(ADAPTER) from error
     unet = load_folder(UNet2DConditionModel, base / "unet", **place)
     motion = load_folder(MotionAdapter, adapter, **place)
     return {

@@ -6,16 +6,17 @@ package's own folder for converted weights, and the hub's local cache.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
 from vdm_env.errors import MissingWeightsError
+from vdm_env.weights_folder import VARIABLE, given_root, home
 
-VARIABLE = "VDM_WEIGHTS"
+UNWANTED = ("*.bin", "*.ckpt", "*.h5", "*.msgpack", "*.onnx*", "*.fp16.*", "*non_ema*")
+"""Further copies of the weights in other formats, which releases keep beside the safetensors files that are read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,20 +31,10 @@ class Published:
     """files, or patterns of files, to fetch"""
     size: str
     licence: str
-
-
-def given_root() -> Path | None:
-    """What VDM_WEIGHTS names, or None."""
-    value = os.environ.get(VARIABLE)
-    return Path(value).expanduser() if value else None
-
-
-def home() -> Path:
-    """Folder for converted weights: VDM_WEIGHTS if it is a folder, else `vdm_env/weights` in the user's cache."""
-    root = given_root()
-    if root is not None and root.is_dir():
-        return root
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vdm_env" / "weights"
+    unwanted: tuple[str, ...] = UNWANTED
+    """what patterns shall not fetch; a file that is named in full is always wanted"""
+    needs: tuple[Published, ...] = ()
+    """further repositories, without which this one is of no use"""
 
 
 def find_folder(published: Published, fits: Callable[[Path], bool]) -> Path | None:
@@ -71,27 +62,25 @@ def find_cached(published: Published, file: str) -> Path | None:
     return Path(cached) if isinstance(cached, str | Path) else None
 
 
-def missing(published: Published, also: Iterable[str] = ()) -> MissingWeightsError:
-    """The error for weights that are in none of these places.
-
-    Args:
-        published: what was looked for.
-        also: further sentences, for a model that needs more than one repository.
-    """
-    root = given_root()
-    name, files = published.model, " ".join(published.files)
+def missing(*absent: Published) -> MissingWeightsError:
+    """The error for weights that are in none of these places: all repositories that a model lacks, at least one."""
+    root, first = given_root(), absent[0]
+    others = [*absent[1:], *(needed for published in absent for needed in published.needs)]
     looked = (
         f"not in {VARIABLE}={root}{'' if root.exists() else ' (which does not exist)'}"
         if root
         else f"{VARIABLE} is not set"
     )
     return MissingWeightsError(
-        f"pretrained weights of {name} are not on this machine ({looked}; nor in {home()} or the hub's local cache). "
-        f"They are in the hub repository {published.repository!r}: {', '.join(published.files)}; {published.size}. "
-        f"Licence: {published.licence}. "
-        + "".join(f"{sentence} " for sentence in also)
-        + f"Fetch them once with `hf download {published.repository} {files}`, or set "
-        f"{VARIABLE} to the folder that holds them. What works now, without any download: "
-        'make("MovingShapes-HPS") (small trained weights come with the package) and '
-        f'make("{name}-...", weights="random", scale="tiny")'
+        f"pretrained weights of {first.model} are not on this machine ({looked}; nor in {home()} or the hub's local "
+        f"cache). They are in the hub repository {_described(first)} "
+        + "".join(f"Also needed is {_described(other)} " for other in others)
+        + f"Fetch them once with `vdm-env download {first.model}`, or set {VARIABLE} to the folder that holds them. "
+        'What works now, without any download: make("MovingShapes-HPS") (small trained weights come with the package) '
+        f'and make("{first.model}-...", weights="random", scale="tiny")'
     )
+
+
+def _described(published: Published) -> str:
+    files = ", ".join(published.files)
+    return f"{published.repository!r}: {files}; {published.size}. Licence: {published.licence}."

@@ -36,8 +36,8 @@ _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 _LICENCE = "the one on the repository's page, not confirmed here; read it before anything but research"
 
 
-def _published(repository: str, files: tuple[str, ...], size: str) -> Published:
-    return Published(model=NAME, repository=repository, files=files, size=size, licence=_LICENCE)
+def _published(repository: str, files: tuple[str, ...], size: str, **more: Any) -> Published:
+    return Published(model=NAME, repository=repository, files=files, size=size, licence=_LICENCE, **more)
 
 
 PUBLISHED = {
@@ -47,7 +47,12 @@ PUBLISHED = {
     "vae": _published(
         "hpcai-tech/OpenSora-VAE-v1.2", (_CONFIG, _WEIGHTS), "0.39 billion parameters, 1.6 GB in float32"
     ),
-    "text": _published("DeepFloyd/t5-v1_1-xxl", ("*",), "4.76 billion parameters in the encoder, 19 GB in float32"),
+    "text": _published(
+        "DeepFloyd/t5-v1_1-xxl",
+        ("*",),
+        "4.76 billion parameters in the encoder, 19 GB in float32",
+        unwanted=("*.h5", "*.msgpack"),  # its weights are in .bin files
+    ),
 }
 _MARKS = {"network": "caption_channels", "vae": "", "text": "d_model"}
 """An entry that a part's config.json has and the other parts' have not: files of all three bear the same names."""
@@ -205,11 +210,7 @@ def find_release() -> dict[str, Path]:
     found = {part: _find(part) for part in PUBLISHED}
     absent = [PUBLISHED[part] for part, place in found.items() if place is None]
     if absent:
-        also = [
-            f"Also needed is {p.repository!r}: {', '.join(p.files)}; {p.size}; `hf download {p.repository}`."
-            for p in absent[1:]
-        ]
-        raise local_weights.missing(absent[0], also)
+        raise local_weights.missing(*absent)
     return {part: place for part, place in found.items() if place is not None}
 
 

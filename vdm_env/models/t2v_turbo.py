@@ -77,6 +77,7 @@ _RELEASED = {
         files=("unet_lora.pt",),
         size="below 1 GB, and VideoCrafter2's checkpoint",
         licence="the one on the repository's page, not confirmed here; read it before anything but research",
+        needs=(PUBLISHED["VideoCrafter2"],),
     ),
     "T2VTurboV2": Published(
         model="T2VTurboV2",
@@ -84,6 +85,7 @@ _RELEASED = {
         files=("unet_mg.pt",),
         size="about 5.7 GB in float32, and VideoCrafter2's checkpoint",
         licence="the one on the repository's page, not confirmed here; read it before anything but research",
+        needs=(PUBLISHED["VideoCrafter2"],),
     ),
 }
 
@@ -199,8 +201,7 @@ def _load_pretrained(published: Published, *, device: torch.device | str, dtype:
     """VideoCrafter2's networks with the release's UNet put in, and whether that takes a motion scale."""
     file = local_weights.find_file(published, published.files[0])
     if file is None:
-        base = PUBLISHED["VideoCrafter2"]
-        raise local_weights.missing(published, [f"It also needs {base.files[0]} of {base.repository!r} ({base.size})."])
+        raise local_weights.missing(published)
     parts = load_videocrafter2(device=device, dtype=dtype)
     motion = put_in_unet(parts, file)
     return parts, motion

@@ -32,7 +32,6 @@ from vdm_env.rewards.loading import (
 from vdm_env.rewards.preprocess import Preprocess, vader_squash
 
 HEAD_FILE = "sac+logos+ava1-l14-linearMSE.pth"
-HEAD_SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
 _HEAD_REPOSITORY = "christophschuhmann/improved-aesthetic-predictor"
 _FULL_WIDTHS = (1024, 128, 64, 16)
 
@@ -106,9 +105,7 @@ def build_aesthetic(context: RewardContext) -> AestheticReward:
         path = world_folder(context, "Aesthetic", "rewards", "aesthetic") / "model.safetensors"
         head = head_from(read_tensors(path), path)
     else:
-        address = f"https://github.com/{_HEAD_REPOSITORY}/raw/main/{HEAD_FILE}"
-        how = f"`curl -L -O {address}` (a data file of that git repository, sha256 {HEAD_SHA256})"
-        (path,) = find_files(context, "Aesthetic", _HEAD_REPOSITORY, [HEAD_FILE], how)
+        (path,) = find_files(context, "Aesthetic", _HEAD_REPOSITORY, [HEAD_FILE])
         head = head_from(read_tensors(path), path)
     return AestheticReward(backbone, frozen(head, context))
 

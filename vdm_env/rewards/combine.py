@@ -1,10 +1,15 @@
-"""Sums of rewards: weighted, each normalised against a mean and deviation measured beforehand."""
+"""Sums of rewards: weighted, each normalised against a mean and deviation measured beforehand.
+
+Rewards live on scales of their own (a cosine, a probability, kB), so a plain sum follows the part that varies most.
+`calibrate` measures every part's mean and deviation on a set of videos once; `WeightedSum.config` holds the numbers,
+in a form that JSON takes and `vdm_env.make(reward=...)` reads, so that a run can be repeated with the very same ones.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -58,6 +63,11 @@ class WeightedSum:
         terms = [part.weight * (scores[part.reward.name] - part.mean) / part.std for part in self.terms]
         return torch.stack(terms).sum(0), scores
 
+    @property
+    def config(self) -> dict[str, dict[str, float]]:
+        """{part: {"weight": ..., "mean": ..., "std": ...}}, for a file or for `vdm_env.make(reward=...)`."""
+        return {p.reward.name: {"weight": p.weight, "mean": p.mean, "std": p.std} for p in self.terms}
+
     def __call__(self, video: Tensor, prompts: list[str]) -> Tensor:
         return self.score_parts(video, prompts)[0]
 
@@ -73,3 +83,43 @@ def _ends(part: Part) -> tuple[float, float]:
         return 0.0, 0.0  # also where the reward is unbounded
     low, high = sorted(part.weight * (bound - part.mean) / part.std for bound in part.reward.range)
     return low, high
+
+
+@torch.no_grad()
+def calibrate(
+    reward: Reward | Sequence[Part], videos: Iterable[tuple[Tensor, list[str]]], *, least: float = 1e-6
+) -> WeightedSum:
+    """The same sum, every part normalised against its own mean and deviation over a calibration set.
+
+    Weights stay; means and deviations that the parts had are replaced. Videos of the untrained model are the usual set:
+    scores of the sum then start around 0, and a weight says how many deviations of one part are worth one of another.
+
+    Args:
+        reward: a `WeightedSum`, one reward, or parts.
+        videos: batches (video [B,F,3,H,W] in [0,1], B prompts), all frames, two videos or more in all.
+        least: the smallest deviation that is worth dividing by, relative to the size of the mean.
+
+    Raises:
+        ValueError: fewer than two videos, scores that are not finite, or a part that gave all of them the same score.
+    """
+    if isinstance(reward, WeightedSum):
+        parts: Sequence[Part] = reward.terms
+    else:
+        parts = reward if isinstance(reward, Sequence) else [Part(reward=reward)]
+    total = WeightedSum([replace(part, mean=0.0, std=1.0) for part in parts])
+    batches = [total.score_parts(video, prompts)[1] for video, prompts in videos]
+    count = sum(len(next(iter(batch.values()))) for batch in batches)
+    if count < 2:
+        raise ValueError(f"a deviation needs at least two videos, got {count}; give a larger calibration set")
+    measured = []
+    for part in parts:
+        scores = torch.cat([batch[part.reward.name].double().cpu() for batch in batches])
+        mean, std = float(scores.mean()), float(scores.std())
+        if not std > least * max(1e-12, abs(mean)):
+            raise ValueError(
+                f"part {part.reward.name!r} gave all {count} videos of the calibration set the score {mean:g} "
+                f"(deviation {std:g}), so there is nothing to normalise by; give more different videos, "
+                "or leave the part out"
+            )
+        measured.append(replace(part, mean=mean, std=std))
+    return WeightedSum(measured)

@@ -19,7 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from vdm_env import weights_folder
 from vdm_env.errors import CorruptWeightsError, MissingWeightsError
+from vdm_env.rewards.published import files_of
 
 WORLD_WEIGHTS = Path(__file__).resolve().parents[1] / "worlds" / "moving_shapes" / "weights"
 
@@ -43,6 +45,8 @@ class RewardContext:
     """of random weights"""
     num_frames: int | None = None
     """frames of the videos that will be scored, where the network has to fit them; None: the network's own number"""
+    dimension: str | None = None
+    """which of its scores a reward that has several gives, as in "VideoScore:temporal"; None: all of them together"""
 
     def __post_init__(self) -> None:
         for key, allowed in (
@@ -90,34 +94,47 @@ def frozen(module: nn.Module, context: RewardContext) -> Any:
 
 
 def find_files(context: RewardContext, name: str, repository: str, files: Sequence[str], how: str = "") -> list[Path]:
-    """Paths of the files of a hub repository, from `context.folder` or the hub's local cache. Never downloads.
+    """Paths of the files of a repository of `published.py`. Never downloads; `how` says how to fetch them by hand.
 
-    In the folder a file may lie directly, or in a sub-folder called like the repository (`HPSv2` or `xswu/HPSv2`).
+    Looked through, in this order: `context.folder`, the folder that VDM_WEIGHTS names, this package's own folder, the
+    hub's local cache. In a folder a file lies in a sub-folder called like the repository (`HPSv2` or `xswu/HPSv2`), in
+    `context.folder` also directly.
 
     Raises:
-        MissingWeightsError: a file is in neither place.
+        MissingWeightsError: a file is in none of them.
     """
     from huggingface_hub import try_to_load_from_cache
 
-    places: list[Path] = []
-    if context.folder is not None:
-        root = Path(context.folder)
-        places = [root / repository, root / repository.split("/")[-1], root]
+    short = repository.split("/")[-1]
+    roots = [Path(root) for root in (context.folder, weights_folder.given_root(), weights_folder.home()) if root]
+    places = [root / part for root in roots for part in (repository, short)]
+    places += [Path(context.folder)] if context.folder is not None else []
     found: list[Path] = []
     for file in files:
         path: Any = next((p / file for p in places if (p / file).is_file()), None)
         path = path or try_to_load_from_cache(repository, file)
         if not isinstance(path, str | Path):
-            looked = f"not in {context.folder} and " if context.folder is not None else ""
-            fetch = how or f"`hf download {repository} {' '.join(files)}`"
-            raise MissingWeightsError(
-                f"reward {name!r} needs {', '.join(files)} of the repository {repository!r}; {file} is {looked}not "
-                f"in the hub's local cache. Fetch it once with {fetch}, or put the files into a folder and pass it. "
-                "Without any download there are the environment 'MovingShapes-HPS', whose small networks are part of "
-                "this package, and weights='random'"
-            )
+            raise _missing(name, repository, files, file, roots, how)
         found.append(Path(path))
     return found
+
+
+def _missing(
+    name: str, repository: str, files: Sequence[str], file: str, roots: Sequence[Path], how: str
+) -> MissingWeightsError:
+    known = files_of(repository, file)
+    about = f" ({known.size}; licence: {known.licence})" if known else ""
+    how = how or (f"`curl -L -O {known.address}`" if known and known.address else "")
+    by_hand = f", by hand with {how}" if how else ""
+    check = f" (sha256 {known.sha256})" if known and known.sha256 else ""
+    looked = ", ".join(str(root) for root in dict.fromkeys(roots))
+    return MissingWeightsError(
+        f"reward {name!r} needs {', '.join(files)} of the repository {repository!r}{about}; {file} is neither in "
+        f"{looked} nor in the hub's local cache. Fetch it once with `vdm-env download {name}`{by_hand}{check}, or put "
+        f"the files into a folder of the repository's name in the folder that {weights_folder.VARIABLE} names. "
+        "Without any download there are the environment 'MovingShapes-HPS', whose small networks are part of "
+        "this package, and weights='random'"
+    )
 
 
 def world_folder(context: RewardContext, name: str, *parts: str) -> Path:

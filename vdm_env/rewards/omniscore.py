@@ -7,10 +7,13 @@ reward is made, so that scores of different runs can be compared.
 
 Source: VideoDPO (Liu et al. 2024, arXiv:2412.14167) combines aesthetic quality, imaging quality, subject consistency,
 background consistency, motion smoothness, dynamic degree, temporal flickering and text-video consistency.
-Deviation: how it combines them is not public. The form, and the ranges and weights of `VBENCH`, are those of VBench
-(Huang et al. 2024, arXiv:2311.17982), from which the names come. Scores are not comparable with published OmniScores.
-Deviation: the built-in sets leave out what needs a network that this package does not have (imaging quality by MUSIQ,
-subject consistency by DINO), and measure motion in pixels (`metrics.temporal`); give your own sub-scores for more.
+Deviation: how it combines them is not public. The form, and the ranges and weights of `VBENCH`, are those of VBench's
+dimensions (Huang et al. 2024, arXiv:2311.17982), from which the names come; its 4 : 1 of quality and semantic scores
+(`metrics.vbench_scores`) is left out. Scores are not comparable with published OmniScores.
+Deviation: the built-in sets leave out imaging quality, because this package has no MUSIQ. To load one network fewer for
+each of them they also leave out subject consistency (by DINO, `metrics.vbench_networks`), and measure motion in pixels
+(`metrics.temporal`) and not by optical flow (RAFT, `metrics.flow`), and agreement with the prompt by CLIP and not by
+ViCLIP (`rewards.viclip`); give your own sub-scores for more.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ Preprocess = Callable[[Tensor, int], Tensor]
 """frames [N,3,H,W] in [0,1] and the network's side in pixels -> [N,3,side,side], not normalised yet"""
 
 
-def _resize(frames: Tensor, height: int, width: int, mode: str) -> Tensor:
+def resize(frames: Tensor, height: int, width: int, mode: str) -> Tensor:
+    """[N,3,H,W] to [N,3,height,width], anti-aliased, "bilinear" or "bicubic". Half precision gives float32."""
     if frames.shape[-2:] == (height, width):
         return frames
     if frames.dtype in (torch.float16, torch.bfloat16):
@@ -32,7 +33,7 @@ def vader_squash(frames: Tensor, side: int = 224) -> Tensor:
 
     The aspect is lost.
     """
-    return _resize(frames, side, side, "bilinear")
+    return resize(frames, side, side, "bilinear")
 
 
 def clip_hf(frames: Tensor, side: int = 224) -> Tensor:
@@ -46,7 +47,7 @@ def clip_hf(frames: Tensor, side: int = 224) -> Tensor:
         new_height, new_width = side, width * side // height
     else:
         new_height, new_width = height * side // width, side
-    resized = _resize(frames, new_height, new_width, "bicubic")
+    resized = resize(frames, new_height, new_width, "bicubic")
     top, left = new_height // 2 - side // 2, new_width // 2 - side // 2
     return resized[..., top : top + side, left : left + side]
 
@@ -59,7 +60,7 @@ def hpsv2_pad(frames: Tensor, side: int = 224) -> Tensor:
     height, width = frames.shape[-2:]
     scale = side / max(height, width)
     new_height, new_width = round(height * scale), round(width * scale)
-    resized = _resize(frames, new_height, new_width, "bicubic")
+    resized = resize(frames, new_height, new_width, "bicubic")
     pad_y, pad_x = side - new_height, side - new_width
     return F.pad(resized, (pad_x // 2, pad_x - pad_x // 2, pad_y // 2, pad_y - pad_y // 2))
 

@@ -130,9 +130,7 @@ def _build(context: RewardContext, name: Literal["Compression", "Rainy", "Snowy"
             else:
                 head = AestheticHead(width, _TINY_WIDTHS if tiny else _WEATHER_WIDTHS)
     else:
-        address = f"https://github.com/{_REPOSITORY}/raw/main/assets/{FILES[name]}"
-        how = f"`curl -L -O {address}` (a data file of that git repository)"
-        (path,) = find_files(context, name, _REPOSITORY, [FILES[name]], how)
+        (path,) = find_files(context, name, _REPOSITORY, [FILES[name]])
         head = (compression_from if name == "Compression" else head_from)(read_tensors(path), path)
     head = frozen(head, context)
     return compression(backbone, head) if name == "Compression" else weather(backbone, head, name=name)

@@ -76,6 +76,7 @@ FULL = ViClipConfig()
 TINY = ViClipConfig(
     image_size=32,
     patch_size=8,
+    num_frames=4,
     vision_width=32,
     vision_layers=2,
     vision_heads=2,
@@ -178,7 +179,7 @@ PRESETS: dict[str, Preset] = {
 
 
 class ViClipReward:
-    """Cosine of video and prompt, in [-1,1].
+    """Cosine of video and prompt, in [-1,1]; a single frame is scored as a still, more are thinned out evenly.
 
     Args:
         model: both towers.

@@ -32,7 +32,6 @@ from vdm_env.rewards.loading import (
 
 NAME = "VJEPA"
 FILE = "vitl16.pth.tar"
-_ADDRESS = "https://dl.fbaipublicfiles.com/jepa/vitl16/vitl16.pth.tar"
 _PARTS = ("encoder", "target_encoder", "predictor")
 
 
@@ -73,7 +72,7 @@ class VJepaConfig:
 
 FULL = VJepaConfig()
 TINY = VJepaConfig(
-    img_size=32, patch_size=8, num_frames=8, embed_dim=32, depth=2, num_heads=2, pred_embed_dim=16, pred_depth=2
+    img_size=32, patch_size=8, num_frames=4, embed_dim=32, depth=2, num_heads=2, pred_embed_dim=16, pred_depth=2
 )
 
 
@@ -227,7 +226,7 @@ def build_vjepa(context: RewardContext) -> JepaReward:
     """V-JEPA ViT-L/16 (vitl16.pth.tar of facebookresearch/jepa), 16 frames of 224 pixels."""
     context = published(context)
     if context.weights == "pretrained":
-        (path,) = find_files(context, NAME, "facebookresearch/jepa", [FILE], f"`curl -L -O {_ADDRESS}`")
+        (path,) = find_files(context, NAME, "facebookresearch/jepa", [FILE])
         return JepaReward(frozen(vjepa_from(_read(path), FULL, path), context), name=NAME)
     warn_random(NAME)
     with seeded(context.seed):

@@ -1,0 +1,26 @@
+"""`vdm-env report`: see `benchmarks.report`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import tyro
+
+from benchmarks.arguments import parse
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportConfig:
+    """Write report.html and report.md again from the files of earlier runs."""
+
+    folder: tyro.conf.Positional[str]
+    """folder with runs, such as runs/demo"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command; returns its exit code."""
+    config = parse(ReportConfig, arguments, "vdm-env report")
+    from benchmarks.report import main as report
+
+    return report([config.folder])

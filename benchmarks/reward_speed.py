@@ -1,0 +1,135 @@
+"""How fast rewards are: videos a second of every registered reward, with random weights.
+
+    python -m benchmarks.reward_speed                                              # tiny networks, CPU
+    python -m benchmarks.reward_speed --scale full --device cuda --dtype bfloat16  # published sizes
+    python -m benchmarks.reward_speed --rewards HPS VideoAlign --gradients
+
+A batch is scored as one call; the first call warms up and does not count, the figure is the median of the rest.
+With gradients the time is of score and backward pass to the pixels. Full-size weights take their memory: VideoScore's
+are 17 GB in half precision.
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+from vdm_env import list_rewards
+from vdm_env.registry import make_reward
+from vdm_env.rewards import Reward, select_frames
+
+PROMPTS = ("playing piano in the rain", "riding scooter past a book")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Videos a second of each reward."""
+
+    rewards: tuple[str, ...] = ()
+    """names; none given: all"""
+    scale: Literal["tiny", "full"] = "tiny"
+    """of the networks"""
+    device: str = "cpu"
+    """where they run"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """of the networks"""
+    batch: int = 4
+    """videos in a call"""
+    num_frames: int = 8
+    """frames of a video, before the reward's frame policy"""
+    height: int = 64
+    """pixels"""
+    width: int = 64
+    """pixels"""
+    repeats: int = 3
+    """timed calls"""
+    gradients: bool = False
+    """time the backward pass to the pixels too, where there is one"""
+    num_threads: int = 2
+    """CPU threads"""
+    out: Path | None = None
+    """CSV file to write"""
+
+
+def timed(reward: Reward, video: torch.Tensor, prompts: list[str], backward: bool) -> float:
+    """Seconds of one call, with the device's queue drained at both ends."""
+    drain = torch.cuda.synchronize if video.is_cuda else (lambda: None)
+    drain()
+    started = time.perf_counter()
+    if backward:
+        pixels = video.clone().requires_grad_()
+        torch.autograd.grad(reward(pixels, prompts).sum(), pixels)
+    else:
+        with torch.no_grad():
+            reward(video, prompts)
+    drain()
+    return time.perf_counter() - started
+
+
+def measure(name: str, config: Config) -> dict[str, object]:
+    """One reward's row."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that random weights mean nothing
+        reward = make_reward(
+            name,
+            weights="random",
+            scale=config.scale,
+            device=config.device,
+            dtype=getattr(torch, config.dtype),
+            num_frames=config.num_frames,
+        )
+    frames = len(select_frames(reward.frames, config.num_frames, 0))
+    shape = (config.batch, frames, 3, config.height, config.width)
+    video = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(config.device)
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(config.batch)]
+    backward = config.gradients and reward.differentiable
+    times = [timed(reward, video, prompts, backward) for _ in range(config.repeats + 1)][1:]
+    seconds = statistics.median(times)
+    return {
+        "reward": name,
+        "videos_per_s": round(config.batch / seconds, 2),
+        "frames_scored": frames,
+        "batch": config.batch,
+        "size": f"{config.num_frames}x{config.height}x{config.width}",
+        "scale": config.scale,
+        "device": config.device,
+        "dtype": config.dtype,
+        "backward": backward,
+        "repeats": config.repeats,
+    }
+
+
+def main(config: Config) -> list[dict[str, object]]:
+    """Prints (and writes) one row a reward, as each is measured.
+
+    Raises:
+        ValueError: no call, no video or an unknown reward.
+    """
+    if config.repeats < 1 or config.batch < 1:
+        raise ValueError(f"repeats={config.repeats}, batch={config.batch}: expected at least 1")
+    torch.set_num_threads(config.num_threads)
+    rows = []
+    for name in config.rewards or list_rewards():
+        rows.append(measure(name, config))
+        print(", ".join(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
+        if torch.device(config.device).type == "cuda":
+            torch.cuda.empty_cache()
+    if config.out is not None:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        with config.out.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    return rows
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
