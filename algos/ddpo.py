@@ -13,7 +13,7 @@ ratio before the first update is 1 exactly, not up to rounding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -104,9 +104,8 @@ class DDPOConfig:
         Raises:
             ValueError: there are none for this model.
         """
-        settings = cls(learning_rate=1e-3, videos_per_rollout=64, updates_per_rollout=1, advantage="group")
-        presets = {"MovingShapes": settings, "MovingShapesUNet": settings}
-        return pick_preset(presets, model)
+        flow = cls(learning_rate=2e-3, videos_per_rollout=64, updates_per_rollout=1, advantage="group")
+        return pick_preset({"MovingShapes": flow, "MovingShapesUNet": replace(flow, learning_rate=1e-3)}, model)
 
 
 class DDPO:

@@ -4,8 +4,8 @@
 
 m and r are the denoising errors on noised videos of the policy and of the reference, which is the policy's: the
 untrained model unless it was refreshed. Winner and loser of a pair share the noise and the timestep, and a pair has one
-margin (see `losses.dpo_loss`). No video is sampled and no reward is asked: `preference_sampling.build_preferences` makes
-the data, or `preference_files.PreferenceWriter` takes videos and labels from elsewhere.
+margin (see `losses.dpo_loss`). No video is sampled and no reward is asked: `preference_sampling.build_preferences`
+makes the data, or `preference_files.PreferenceWriter` takes videos and labels from elsewhere.
 
 So a run itself pays for learning alone. What making the data has cost is stored with them and reported by every update
 (data_device_s and others, see `offline_pairs`); add it where methods are compared by cost.

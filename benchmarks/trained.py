@@ -79,7 +79,10 @@ def _settings(folder: Path) -> Trained:
     if not (folder / CONFIG).is_file():
         return Trained(weights=folder)
     config, _ = from_file(str(folder / CONFIG))
-    return Trained(weights=folder, env=config.env, process=replace(config.process, device="auto"), batch=config.batch)
+    level = config.evaluation.eval_noise_level
+    noise = config.process.noise_level if level is None else level
+    process = replace(config.process, device="auto", noise_level=noise)
+    return Trained(weights=folder, env=config.env, process=process, batch=config.batch)
 
 
 def merged(trained: ProcessOptions, given: ProcessOptions) -> ProcessOptions:

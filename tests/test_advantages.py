@@ -75,6 +75,24 @@ def test_a_group_of_equal_rewards_has_no_advantage():
     assert zero_std_fraction(reward, 4) == 0.0
 
 
+@pytest.mark.parametrize("value", [0.1, 0.3, 1e6 / 3])
+def test_equal_rewards_have_exactly_no_advantage_in_single_precision(value):
+    """Their mean is not that number to the last bit, which a small eps would make large."""
+    reward = torch.full((16,), value)
+    assert any(torch.full((n,), value).mean() != torch.tensor(value) for n in range(3, 17))
+    zero = [0.0] * 16
+    assert batch_advantages(reward).tolist() == zero
+    for std in ("population", "unbiased", "none"):
+        for size in (3, 5, 15):
+            assert group_advantages(reward[:15], size, std=std, eps=1e-8).tolist() == zero[:15]
+        assert group_advantages(reward, 16, std=std, eps=1e-8).tolist() == zero
+    mixed = torch.cat([reward, torch.arange(16.0)])
+    for global_std in (False, True):
+        found = group_advantages(mixed, 16, global_std=global_std, eps=1e-8)
+        assert found[:16].tolist() == zero and bool((found[16:] != 0).all())
+    assert PerPromptTracker(16, 1).update([0] * 16, reward).tolist() == zero
+
+
 def test_batch_advantages_and_clipping():
     advantage = batch_advantages(vector(1, 2, 3, 6))
     assert advantage.tolist() == pytest.approx([(r - 3) / 3.5**0.5 for r in (1, 2, 3, 6)])

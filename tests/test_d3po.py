@@ -78,6 +78,14 @@ def test_the_clip_bounds_margin_and_loss_and_without_it_nothing_does():
     assert float(free) == pytest.approx(12, rel=1e-4)
 
 
+def test_ratios_beyond_all_numbers_are_clipped_and_not_nan():
+    log_prob = torch.tensor([0.05, 95.0, 0.0, -200.0], requires_grad=True)  # exp(95) is infinite in float32
+    loss, metrics = d3po_loss(log_prob, torch.zeros(4), 0.1, 0.1)
+    loss.backward()
+    assert log_prob.grad[[1, 3]].tolist() == [0.0, 0.0] and float(log_prob.grad[0]) < 0 < float(log_prob.grad[2])
+    assert math.isfinite(loss.item()) and float(metrics["clip_fraction"]) == 0.5
+
+
 def test_equal_log_probabilities_give_log_2():
     value = torch.linspace(-3, 3, 8, dtype=torch.float64)
     for clip_range in (0.1, None):
@@ -190,6 +198,19 @@ def test_groups_and_timesteps_are_dealt_into_optimiser_steps():
     used = sum(len(pairs) for _, pairs, _ in seen)
     assert used == 2 * 8 * 6 * max(1, len(algorithm.steps) // 2)  # every pair once a pass, at half of the steps
     assert {k for _, _, k in seen} <= set(algorithm.steps)
+    # The optimiser steps of a pass hold different groups, together all; each draws its timesteps anew.
+    half, dealt = max(1, len(algorithm.steps) // 2), []
+    algorithm._step = lambda parts, step=algorithm._step: dealt.append(len(seen)) or step(parts)
+    seen.clear()
+    algorithm.update()
+    ends = [*dealt[1:], len(seen)]
+    steps = [seen[start:end] for start, end in zip(dealt, ends, strict=True)]
+    assert len(steps) == 6
+    for epoch in (steps[:3], steps[3:]):
+        groups = [{(key, int(pair[0]) // 4) for key, pairs, _ in step for pair in pairs} for step in epoch]
+        assert sorted(map(len, groups)) == [2, 3, 3] and len(set.union(*groups)) == 8
+    times = [{k for _, _, k in step} for step in steps]
+    assert all(len(found) == half for found in times) and len({tuple(sorted(found)) for found in times}) > 1
 
 
 @pytest.mark.parametrize("schedule", ["flow", "epsilon"])
@@ -277,6 +298,7 @@ def test_the_config_is_checked(options, message):
 def test_published_settings_and_preset():
     published = D3POConfig()
     assert (published.beta, published.clip_range, published.learning_rate) == (0.1, 0.1, 3e-5)
+    assert (published.videos_per_update, published.pairs, published.weight_decay) == (20, "all_pairs", 1e-4)
     assert D3POConfig.preset("MovingShapes").videos_per_update == 64
     with pytest.raises(ValueError, match="only for MovingShapes"):
         D3POConfig.preset("Sora")

@@ -83,23 +83,37 @@ def test_the_parts_of_a_step_make_the_gradient_of_the_whole():
     dpo = dpo_on(env, full_policy(env), micro_batch=8)
     _, pairs = dpo._sample()
     pairs = {name: value[:3] for name, value in pairs.items()}
-    loss = dpo._loss
-
-    def fixed_noise(part):
-        # the noise a pair gets depends on the part it is in; one draw a pair makes the sums comparable
-        results = []
-        for i in range(len(part["prompt_id"])):
-            dpo.generator.manual_seed(int(part["winner"][i].abs().sum() * 1e4))
-            results.append(loss({name: value[i : i + 1] for name, value in part.items()}))
-        return torch.stack([row[0] for row in results]).mean(), results[0][1]
-
-    dpo._loss, recorder = fixed_noise, Recorder(dpo)
+    drawn, recorder = dpo.generator.get_state(), Recorder(dpo)
     recorder.param_groups = []
+    for micro_batch in (8, 2, 1):
+        dpo.config = DiffusionDPOConfig(micro_batch=micro_batch, beta=2.0)
+        dpo.generator.set_state(drawn)
+        dpo._step(pairs)
+    full, *parts = (gradients[0] for gradients in recorder.gradients)
+    assert full.abs().max() > 0 and all(torch.allclose(part, full, rtol=1e-4, atol=1e-7) for part in parts)
+
+
+def test_a_step_that_failed_half_way_leaves_no_gradient_behind():
+    env = gaussian_env(num_envs=16)
+    dpo = dpo_on(env, full_policy(env), micro_batch=2)
+    _, pairs = dpo._sample()
+    drawn, loss, recorder = dpo.generator.get_state(), dpo._loss, Recorder(dpo)
+    recorder.param_groups, seen = [], []
+
+    def second_fails(part):
+        seen.append(part)
+        if len(seen) == 2:
+            raise MemoryError
+        return loss(part)
+
     dpo._step(pairs)
-    dpo.config = DiffusionDPOConfig(micro_batch=2, beta=2.0)
+    dpo._loss = second_fails
+    with pytest.raises(MemoryError):
+        dpo._step(pairs)
+    dpo.generator.set_state(drawn)
     dpo._step(pairs)
-    full, parts = (gradients[0] for gradients in recorder.gradients)
-    assert full.abs().max() > 0 and torch.allclose(parts, full, rtol=1e-4)
+    whole, again = (gradients[0] for gradients in recorder.gradients)
+    assert whole.abs().max() > 0 and torch.equal(whole, again)
 
 
 def test_the_buffer_keeps_the_latest_pairs_and_on_policy_keeps_none():
@@ -111,6 +125,8 @@ def test_the_buffer_keeps_the_latest_pairs_and_on_policy_keeps_none():
         counts.append((metrics["pairs_new"], metrics["pairs_buffered"], metrics["optimiser_steps"]))
         if before is not None:
             assert torch.equal(dpo.buffer["winner"][:4], before[-4:])
+            for value in dpo.buffer.values():  # what was cut off is not kept in memory
+                assert value.untyped_storage().nbytes() == value.numel() * value.element_size()
         before = dpo.buffer["winner"].clone()
     assert counts == [(8, 8, 2), (8, 12, 2), (8, 12, 2)]
     metrics = dpo_on(env, full_policy(env), on_policy=True).update()
@@ -163,13 +179,15 @@ def test_the_same_seed_gives_the_same_run_and_another_one_another(on_policy):
     assert [row["reward_mean"] for row in first] != [row["reward_mean"] for row in run(1)]
 
 
-@pytest.mark.parametrize("updates", [0, 2])
-def test_a_run_continues_bit_for_bit_from_a_checkpoint(updates, tmp_path):
+@pytest.mark.parametrize(("updates", "refreshed"), [(0, False), (2, False), (2, True)])
+def test_a_run_continues_bit_for_bit_from_a_checkpoint(updates, refreshed, tmp_path):
     env = gaussian_env()
     policy = env.make_policy(lora_rank=2)
     dpo = dpo_on(env, policy, warmup_steps=9)
     for _ in range(updates):
         dpo.update()
+    if refreshed:
+        policy.refresh_reference()
     save_checkpoint(tmp_path / "checkpoint", {"algorithm": dpo.state_dict()}, policy)
     expected = [dpo.update() for _ in range(3)]
 
@@ -236,7 +254,9 @@ def test_the_config_is_checked(options, message):
 
 
 def test_defaults_and_preset():
-    assert DiffusionDPOConfig().beta == 5000
+    config = DiffusionDPOConfig()
+    assert (config.beta, config.warmup_steps, config.weight_decay) == (5000, 500, 1e-2)
+    assert config.learning_rate == pytest.approx(1e-8 * config.pairs_per_step)
     assert DiffusionDPOConfig.preset("MovingShapes").warmup_steps == 0
     with pytest.raises(ValueError, match="only for MovingShapes"):
         DiffusionDPOConfig.preset("Sora")

@@ -125,6 +125,21 @@ def test_labels_are_relative_to_what_they_are_compared_with():
     assert not bool(desirable.any()) and not bool(labelled.any())
     with pytest.raises(ValueError, match="needs a threshold"):
         desirability(reward, "threshold")
+    for labels in ("group", "update", "threshold"):
+        with pytest.raises(ValueError, match="1 of 6 numbers of reward are NaN"):
+            desirability(reward.masked_fill(reward > 0.7, math.nan), labels, group_size=2, threshold=0.0)
+    with pytest.raises(ValueError, match="group_size is 4 for 6 rewards, expected a divisor"):
+        desirability(reward, "group", group_size=4)
+    with pytest.raises(ValueError, match="labels is 'mean', expected one of group, update, threshold"):
+        desirability(reward, "mean")
+
+
+def test_no_step_is_left_with_a_few_videos():
+    env = gaussian_env()
+    algorithm = kto_on(env, full_policy(env), videos_per_step=31)
+    sizes, step = [], algorithm._step
+    algorithm._step = lambda clean, *rest: sizes.append(len(clean)) or step(clean, *rest)
+    assert algorithm.update()["videos_labelled"] == 32 and sizes == [16, 16]
 
 
 # ------------------------------------------------------------------------------------------------------ the algorithm
@@ -154,16 +169,6 @@ def test_the_parts_of_a_step_make_the_gradient_of_the_whole_with_one_reference_p
         with torch.no_grad():
             weight_of(policy).add_(0.05)
         algorithm = kto_on(env, policy, videos_per_step=16, micro_batch=micro_batch, offset=offset)
-        noised = algorithm._noised
-
-        def by_content(clean, prompt_id, algorithm=algorithm, noised=noised):
-            parts = []  # the noise a video gets depends on the part it is in; one draw a video makes them comparable
-            for i in range(len(clean)):
-                algorithm.generator.manual_seed(int(clean[i].abs().sum() * 1e4))
-                parts.append(noised(clean[i : i + 1], prompt_id[i : i + 1]))
-            return tuple(torch.cat(column) for column in zip(*parts, strict=True))
-
-        algorithm._noised = by_content
         recorder = Recorder(algorithm)
         recorder.param_groups = []
         generator = torch.Generator().manual_seed(1)
@@ -195,7 +200,7 @@ def test_it_moves_to_the_better_side_without_a_differentiable_reward(schedule, o
     means = START if options["labels"] == "group" else START[:1]
     env = gaussian_env(schedule, means=means, reward=blind, num_envs=32, group_size=8)
     algorithm = kto_on(env, full_policy(env), weight_decay=0.0, learning_rate=0.05, micro_batch=32, **options)
-    rows = [algorithm.update() for _ in range(25)]
+    rows = [algorithm.update() for _ in range(30)]
     assert sum(row["reward_mean"] for row in rows[-5:]) / 5 > 0.6 * rows[0]["reward_mean"]  # rewards are <= 0
     assert env.mdp.counters.reward_backward_queries == 0
 
@@ -292,6 +297,7 @@ def test_the_config_is_checked(options, message):
 def test_published_settings_and_preset():
     published = DiffusionKTOConfig()
     assert (published.beta, published.learning_rate, published.warmup_steps) == (1000.0, 1e-7, 200)
+    assert (published.weight_decay, published.desirable_weight, published.undesirable_weight) == (1e-2, 1.0, 1.0)
     assert (published.utility, published.offset) == ("kto", "batch")
     assert DiffusionKTOConfig.preset("MovingShapes").warmup_steps == 0
     with pytest.raises(ValueError, match="only for MovingShapes"):

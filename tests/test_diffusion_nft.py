@@ -343,6 +343,18 @@ def test_it_repeats_and_resumes_bit_for_bit(updates, tmp_path):
         nft_on(env, env.make_policy(lora_rank=1)).load_state_dict(state)
 
 
+def test_a_loaded_state_stays_the_callers():
+    env = gaussian_env()
+    nft = nft_on(env, full_policy(env))
+    nft.update()
+    state = nft.state_dict()
+    kept = [old.clone() for old in state["old"]]
+    nft.load_state_dict(state)
+    nft.update()
+    assert not all(torch.equal(a, b) for a, b in zip(nft.old, kept, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(state["old"], kept, strict=True))
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing():
     env = gaussian_env()
     policy = full_policy(env)

@@ -402,7 +402,7 @@ def test_refusals():
     ("options", "message"),
     [
         ({"best_of_n": 3}, "best_of_n is 3, expected an even number"),
-        ({"kl": "k3"}, "kl is 'k3', expected one of exact, published"),
+        ({"kl": "k3"}, "kl is 'k3', expected one of auto, published, exact"),
         ({"window_strategy": "jump"}, "window_strategy is 'jump', expected one of progressive, decay"),
         ({"window_size": 0}, "window_size is 0"),
         (
@@ -426,3 +426,72 @@ def test_settings_by_name():
     dance, mix = FlowGRPOConfig.dance(videos_per_rollout=32), FlowGRPOConfig.mix(window_size=2)
     assert (dance.best_of_n, dance.timestep_fraction, dance.kl_coefficient, dance.std) == (8, 0.6, 0.0, "unbiased")
     assert (dance.videos_per_rollout, mix.window_size, mix.window_shift, mix.window_iterations) == (32, 2, 1, 25)
+
+
+def test_the_best_of_parts_are_the_best_of_what_is_learned_from():
+    """The env's own weights say the reverse."""
+    rising = [0.0, 1.0, 2.0, 3.0]
+    reward = two_rewards([0.0, 0.0, 0.5, 1.0] * 2, [9.0, 3.0, 2.0, 1.0] * 2, first=0.0, second=1.0)
+    env = gaussian_env("flow", reward=reward, num_envs=8)
+    policy = Watcher(full_policy(env))
+    options = {"advantage": "parts", "part_weights": {"first": 1.0, "second": 0.0}, "best_of_n": 2}
+    grpo_on(env, policy, videos_per_rollout=8, **options).update()
+    seeds = env._video_seeds.tolist()
+    # of the two that are worst in "first" the earlier counts as the worse; by the env's weights it is the best
+    assert {seed for seed, _ in policy.trained} == {seeds[i] for i in (0, 3, 4, 7)}
+    reward = two_rewards([3.0, 0.0, 1.0, 2.0] * 2, [rising[i] for i in (1, 2, 0, 3)] * 2, first=0.0, second=1.0)
+    env = gaussian_env("flow", reward=reward, num_envs=8)
+    policy = Watcher(full_policy(env))
+    grpo_on(env, policy, videos_per_rollout=8, **options).update()
+    seeds = env._video_seeds.tolist()
+    assert {seed for seed, _ in policy.trained} == {seeds[i] for i in (0, 1, 4, 5)}  # second's: 2, 3, 6, 7
+
+
+def test_parts_come_in_the_rewards_type():
+    class Half:
+        name, differentiable, frames, range = "half", False, "all", (-math.inf, math.inf)
+
+        def __call__(self, video, prompts):
+            return torch.arange(len(video)) / 7
+
+        def score_parts(self, video, prompts):
+            total = self(video, prompts)
+            return total, {"part": total.to(torch.float16)}
+
+    env = gaussian_env("flow", reward=Half())
+    rollout = collect(env, full_policy(env))
+    assert rollout.parts["part"].dtype == rollout.reward.dtype == torch.float32
+    metrics = grpo_on(env, full_policy(env), advantage="parts", std_eps=1e-8, videos_per_rollout=16).update()
+    assert math.isfinite(metrics["loss"]) and metrics["videos_trained"] == 16
+
+
+def test_the_default_penalty_is_the_published_one_where_there_is_one():
+    config = FlowGRPOConfig()
+    assert (config.kl, config.kl_coefficient) == ("auto", 0.04)
+    losses = {}
+    for schedule in ("flow", "epsilon"):
+        for kl in ("auto", "exact", "published"):
+            env = gaussian_env(schedule, reward=constant, num_steps=4)
+            policy = full_policy(env)
+            with torch.no_grad():
+                policy.trainable_parameters()[0].add_(0.3)
+            if (schedule, kl) != ("epsilon", "published"):
+                options = {"filter_equal_groups": False, "videos_per_rollout": 16}
+                losses[schedule, kl] = grpo_on(env, policy, kl=kl, **options).update()["loss"]
+    assert losses["flow", "auto"] == losses["flow", "published"] > 0
+    assert losses["flow", "exact"] > 2 * losses["flow", "auto"]  # 1 / -dt times it, step by step
+    assert losses["epsilon", "auto"] == losses["epsilon", "exact"] > 0
+
+
+def test_a_window_is_refused_where_noise_cannot_be_switched_off():
+    env = gaussian_env("epsilon", sampler="lcm", noise_level=1.0)
+    grpo_on(env, full_policy(env))  # without a window it serves
+    with pytest.raises(ValueError, match="lcm"):
+        grpo_on(env, full_policy(env), window_size=2)
+
+
+def test_weights_of_unknown_parts_are_refused_before_anything_is_sampled():
+    env = gaussian_env("flow", reward=two_rewards([1.0] * 16, [2.0] * 16))
+    with pytest.raises(ValueError, match=r"part_weights are for \['frist'\].*\['first', 'second'\]"):
+        grpo_on(env, full_policy(env), advantage="parts", part_weights={"frist": 1.0})
+    assert env.mdp.counters.videos_sampled == 0

@@ -254,6 +254,16 @@ def test_what_it_refuses():
     ):
         with pytest.raises(ValueError, match=message):
             own_videos_on(env, full_policy(env), **options)
+
+    def motion(video, prompts):
+        if video.shape[1] < 2:
+            raise ValueError(f"reward 'motion' looks at 2 frames, got {video.shape[1]}")
+        return (video[:, 1] - video[:, 0]).abs().mean((1, 2, 3))
+
+    moving = gaussian_env(reward=motion)
+    with pytest.raises(ValueError, match=r"scores single frames, and the reward 'motion' cannot \(.*2 frames.*VADER"):
+        own_videos_on(moving, full_policy(moving))
+    assert moving.mdp.counters.reward_queries == 0
     env.mdp.on_images = True
     with pytest.raises(ValueError, match="animates images.*leave videos out"):
         given_videos_on(env, full_policy(env))

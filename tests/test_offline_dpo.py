@@ -65,6 +65,11 @@ def test_nothing_is_sampled_and_no_reward_is_asked(folders):
     assert counters.videos_sampled == counters.reward_queries == 0
     assert counters.denoiser_forwards == 2 * 2 * 16 and counters.denoiser_backwards == 2 * 16
     assert metrics["loss"] == pytest.approx(math.log(2)) and metrics["margin"] == 0.0
+    made = dpo.data.cost()  # by 16 + 16 + 8 groups of four
+    assert made["reward_queries"] == made["videos_sampled"] == 160 and made["device_s"] > 0
+    assert {name: metrics[f"data_{name}"] for name in made} == made == dpo.state_dict()["data_cost"]
+    fewer = dpo_on(env, full_policy(env), folders["epsilon"], groups=20)
+    assert fewer.update()["data_reward_queries"] == 80
     assert metrics["pairs"] == 40.0 and metrics["epoch"] == pytest.approx(16 / 40)
     assert all(type(value) is float and math.isfinite(value) for value in metrics.values())
 
@@ -142,21 +147,22 @@ def test_the_same_seed_gives_the_same_run_and_another_one_another(folders):
     assert run(0) == run(0) != run(1)
 
 
-@pytest.mark.parametrize("updates", [0, 3])
-def test_a_run_continues_bit_for_bit_from_a_checkpoint(updates, folders, tmp_path):
+@pytest.mark.parametrize(("updates", "refreshed"), [(0, False), (3, False), (3, True)])
+def test_a_run_continues_bit_for_bit_from_a_checkpoint(updates, refreshed, folders, tmp_path):
     env = gaussian_env()
     policy = env.make_policy(lora_rank=2)
     options = {"warmup_steps": 9, "optimiser_steps": 2, "pairs_per_step": 13}  # 13 does not divide the 40 pairs
     dpo = dpo_on(env, policy, folders["epsilon"], **options)
     for _ in range(updates):
         dpo.update()
+    if refreshed:
+        policy.refresh_reference()
     save_checkpoint(tmp_path / "checkpoint", {"algorithm": dpo.state_dict()}, policy)
     expected = [dpo.update() for _ in range(3)]
 
     env = gaussian_env()
     restored_policy = env.make_policy(lora_rank=2, seed=5)
-    restored = dpo_on(env, restored_policy, folders["epsilon"], **options)
-    restored.learner.generator.manual_seed(99)
+    restored = dpo_on(env, restored_policy, folders["epsilon"], seed=99, **options)
     restored_policy.load(tmp_path / "checkpoint" / "policy")
     state = load_checkpoint(tmp_path / "checkpoint")["algorithm"]
     restored.load_state_dict(state)
@@ -210,6 +216,25 @@ def test_refusals(folders, tmp_path):
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(DamagedDataError, match="bytes, expected"):
         PreferenceData(tmp_path)
+
+
+def test_the_place_in_the_passes_is_saved_and_not_worked_out_from_the_settings(folders):
+    env = gaussian_env()
+    dpo = dpo_on(env, full_policy(env), folders["epsilon"], pairs_per_step=10)
+    dpo.update()
+    other = dpo_on(env, full_policy(env), folders["epsilon"], pairs_per_step=15)
+    other.load_state_dict(dpo.state_dict())
+    assert [other.update()["epoch"] for _ in range(2)] == [25 / 40, 40 / 40]
+
+
+def test_data_that_do_not_say_their_cost_leave_it_out(tmp_path):
+    env = gaussian_env()
+    settings = {"model": "Gaussian", "latent_shape": [3, 2, 2, 2], "candidates": 2, "reward": "Given"}
+    reward = torch.tensor([[0.0, 1.0]])
+    PreferenceWriter(tmp_path, settings).append(["prompt 0"], torch.arange(48.0).view(1, 2, 3, 2, 2, 2), reward)
+    dpo = dpo_on(env, full_policy(env), tmp_path)
+    assert not [name for name in dpo.update() if name.startswith("data_")] and dpo.state_dict()["data_cost"] is None
+    dpo.load_state_dict(dpo.state_dict())
 
 
 @pytest.mark.parametrize(

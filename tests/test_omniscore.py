@@ -9,6 +9,7 @@ import torch
 
 import vdm_env
 from vdm_env import check_reward
+from vdm_env.metrics import vbench_scores
 from vdm_env.metrics.temporal import dynamic_degree, frame_consistency, motion_smoothness, temporal_flicker
 from vdm_env.rewards import RewardContext
 from vdm_env.rewards.base import as_reward, score_parts
@@ -133,6 +134,19 @@ def test_vbench_ranges():
     assert VBENCH["MotionSmoothness"] == SubScore(weight=1.0, low=0.706, high=0.9975)
     assert VBENCH["DynamicDegree"].weight == 0.5 and VBENCH["CLIP"].high == 36.4
     assert len(VBENCH) == 8 and set(GENERAL) < set(VBENCH)
+    scales = {**vbench_scores.QUALITY, **vbench_scores.SEMANTIC}
+    for name, dimension, unit in (
+        ("SubjectConsistency", "subject consistency", 1),
+        ("BackgroundConsistency", "background consistency", 1),
+        ("TemporalFlicker", "temporal flickering", 1),
+        ("MotionSmoothness", "motion smoothness", 1),
+        ("DynamicDegree", "dynamic degree", 1),
+        ("Aesthetic", "aesthetic quality", 10),
+        ("Imaging", "imaging quality", 1),
+        ("CLIP", "overall consistency", 100),
+    ):
+        term, scale = VBENCH[name], scales[dimension]
+        assert (term.low, term.high, term.weight) == pytest.approx((unit * scale.low, unit * scale.high, scale.weight))
     with pytest.raises(TypeError):
         VBENCH["Aesthetic"] = SubScore()
 

@@ -11,6 +11,7 @@ from models import tiny_env
 
 from algos.checkpoint import load_checkpoint, save_checkpoint
 from algos.online_vpo import OnlineVPO, OnlineVPOConfig, logit_normal_timesteps
+from algos.pairs import noise_of
 from vdm_env.schedule import FlowSchedule
 
 
@@ -46,7 +47,7 @@ def test_the_loss_by_hand():
     found, metrics = vpo._loss(pairs)
 
     generator = torch.Generator().manual_seed(8)
-    noise = torch.randn(5, 3, 2, 2, 2, generator=generator).double()
+    noise = noise_of(torch.randint(2**62, (5,), generator=generator), (3, 2, 2, 2)).double()
     u = 1 / (1 + torch.exp(-torch.randn(5, generator=generator).double()))
     level = (3 * u / (1 + 2 * u)).view(-1, 1, 1, 1, 1)  # the schedule's shift is 3
 
@@ -133,7 +134,20 @@ def test_it_moves_to_the_better_side_and_further_than_with_a_fixed_reference(sch
     first, fixed = final(None)
     again, refreshed = final(5)
     assert first == again < 0
-    assert fixed > first and refreshed > first / 2 and refreshed > fixed
+    # Rewards are <= 0. beta = 500 holds the policy near a fixed reference, and does not where the reference follows.
+    assert fixed > first - first / 100 and refreshed > first / 2 and refreshed - first > 2 * (fixed - first)
+
+
+def test_the_size_of_a_backward_pass_does_not_change_the_run():
+    def run(micro_batch):
+        env = gaussian_env()
+        vpo = vpo_on(env, full_policy(env), micro_batch=micro_batch, optimiser_steps=2, beta=50.0)
+        return vpo.update()
+
+    whole = run(8)
+    assert whole["margin"] != 0
+    for micro_batch in (3, 1):
+        assert run(micro_batch) == pytest.approx(whole, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +163,8 @@ def test_timesteps_are_drawn_as_the_family_is_trained(schedule, timesteps, logit
     ((clean, noise, t),) = seen
     assert torch.equal(*noise.chunk(2)) and torch.equal(*t.chunk(2)) and not torch.equal(*clean.chunk(2))
     generator = torch.Generator().manual_seed(4)
-    torch.randn(8, 3, 2, 2, 2, generator=generator)
+    seeds = torch.randint(2**62, (8,), generator=generator)
+    assert torch.equal(noise[:8], noise_of(seeds, (3, 2, 2, 2))) and len(seeds.unique()) == 8
     if logit_normal:
         u = torch.randn(8, generator=generator).sigmoid()
         torch.testing.assert_close(t[:8], 1000 * 3 * u / (1 + 2 * u))

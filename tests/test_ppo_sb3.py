@@ -80,6 +80,33 @@ def test_what_is_stored_is_what_the_policy_does_and_the_ratio_is_exactly_one():
     assert metrics["clip_fraction"] == 0.0 and metrics["kl_old_nats"] == 0.0
 
 
+def test_the_divergence_is_that_of_the_summed_log_ratios():
+    """So close to 1 that SB3's own estimate, in float32, is nothing but rounding."""
+    env = gaussian_env(num_envs=8)
+    policy = full_policy(env)
+    ppo = ppo_on(env, policy, videos_per_rollout=8, num_inner_epochs=2, learning_rate=1e-5, weight_decay=0.0)
+    ratios, evaluate = [], ppo.model.policy.evaluate_actions
+
+    def watched(obs, actions):
+        with torch.no_grad():
+            plain = {name: v if name == "latents" else v[:, 0] for name, v in obs.items()}
+            after = policy.dist(plain).log_prob_sum(actions.view_as(plain["latents"]))
+            now = [p.detach().clone() for p in policy.trainable_parameters()]
+            for p, start in zip(policy.trainable_parameters(), first, strict=True):
+                p.copy_(start)
+            ratios.append(after - policy.dist(plain).log_prob_sum(actions.view_as(plain["latents"])))
+            for p, value in zip(policy.trainable_parameters(), now, strict=True):
+                p.copy_(value)
+        return evaluate(obs, actions)
+
+    first = [p.detach().clone() for p in policy.trainable_parameters()]
+    ppo.model.policy.evaluate_actions = watched
+    metrics = ppo.update()
+    assert len(ratios) == 2 * len(ppo.steps) == metrics["optimiser_steps"]
+    expected = 0.5 * float(torch.cat(ratios).square().mean()) * len(ppo.steps)
+    assert 0 < expected < 1e-3 and metrics["kl_old_nats"] == pytest.approx(expected, rel=1e-2)
+
+
 def test_advantages_are_gae_and_the_gradient_is_that_of_the_clipped_surrogate():
     env = gaussian_env(num_envs=8)
     policy = full_policy(env)
@@ -207,5 +234,5 @@ def test_it_refuses_what_it_cannot_do():
     ):
         with pytest.raises(ValueError, match=message):
             SB3PPOConfig(**options)
-    with pytest.raises(ValueError, match="no SB3PPO preset for 'Sora', only for MovingShapes"):
+    with pytest.raises(ValueError, match="no SB3PPOConfig preset for 'Sora', only for MovingShapes"):
         SB3PPOConfig.preset("Sora")

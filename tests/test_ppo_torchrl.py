@@ -108,6 +108,20 @@ def test_the_ratio_is_exactly_one_before_the_first_update():
         assert metrics["optimiser_steps"] == 2 and metrics["ratio_max"] > 1  # the second pass sees it move
 
 
+def test_a_gradient_of_the_critic_that_is_not_finite_changes_nothing():
+    env = gaussian_env()
+    ppo = ppo_on(env, full_policy(env), num_inner_epochs=1)
+    ppo.update()
+    before = [p.detach().clone() for p in (*ppo.parameters, *ppo.critic_parameters)]
+    hook = ppo.critic.value.weight.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(FloatingPointError, match="critic's gradient norm is nan.*parameters were not changed"):
+        ppo.update()
+    hook.remove()
+    for old, new in zip(before, (*ppo.parameters, *ppo.critic_parameters), strict=True):
+        assert torch.equal(old, new) and new.grad is None
+    assert math.isfinite(ppo.update()["loss_critic"])
+
+
 def test_steps_without_noise_are_left_out():
     env = gaussian_env("flow", sampler="cps", noise_level=0.7)
     ppo = ppo_on(env, full_policy(env), num_inner_epochs=1)
@@ -177,5 +191,5 @@ def test_it_refuses_what_it_cannot_do():
 def test_the_config_is_checked(options, message):
     with pytest.raises(ValueError, match=message):
         TorchRLPPOConfig(**options)
-    with pytest.raises(ValueError, match="no TorchRLPPO preset for 'Sora', only for MovingShapes"):
+    with pytest.raises(ValueError, match="no TorchRLPPOConfig preset for 'Sora', only for MovingShapes"):
         TorchRLPPOConfig.preset("Sora")

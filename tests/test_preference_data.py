@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 import torch
 from gaussian import full_policy, gaussian_env
+from models import tiny_env
 
-from algos import preference_data, preference_sampling
+from algos import preference_data, preference_files, preference_sampling
 from algos.preference_data import PreferenceData
 from algos.preference_files import INDEX, DamagedDataError, PreferenceWriter, digest
 from algos.preference_sampling import build_preferences, sample_groups, sampling_settings, video_seed
@@ -140,7 +142,7 @@ def test_shards_are_added_and_earlier_ones_stay(folder):
     assert not list(folder.glob("*.part"))
 
 
-@pytest.mark.parametrize("moment", ["save_file", "write_json"])
+@pytest.mark.parametrize("moment", ["save_file", "replace_json"])
 def test_a_crash_loses_only_the_shard_being_written(folder, moment, monkeypatch):
     def crash(*_):
         raise KeyboardInterrupt
@@ -301,6 +303,13 @@ def test_building_samples_every_candidate_of_its_own_noise(env, tmp_path):
     assert torch.allclose(score, reward[:4])
 
 
+def without_seconds(folder):
+    """The index but for the seconds, which no two builds share."""
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    assert index.pop("sha256") and all(shard["cost"].pop("device_s") > 0 for shard in index["shards"])
+    return index
+
+
 def test_building_goes_on_where_it_was_and_makes_the_same_bytes(env, tmp_path, monkeypatch):
     policy = full_policy(env)
     whole = build(tmp_path / "whole", env, policy)
@@ -318,8 +327,10 @@ def test_building_goes_on_where_it_was_and_makes_the_same_bytes(env, tmp_path, m
     assert len(PreferenceData(tmp_path / "parts")) == 2
     parts = build(tmp_path / "parts", env, policy)
     assert calls == [[0, 1], [2, 3], [2, 3], [4]]
-    for path in whole.folder.iterdir():
+    for path in whole.folder.glob("shard-*"):
         assert (parts.folder / path.name).read_bytes() == path.read_bytes(), path.name
+    one, two = (without_seconds(data.folder) for data in (whole, parts))
+    assert one == two and whole.identity() == parts.identity()
     build(tmp_path / "parts", env, policy)  # nothing is missing
     build(tmp_path / "parts", env, policy, groups=6)
     assert calls[4:] == [[5]]
@@ -377,3 +388,75 @@ def test_what_cannot_be_sampled_is_refused(env, tmp_path):
         sample_groups(env, full_policy(env), [0], [], candidates=2, seed=0)
     with pytest.raises(ValueError, match="groups=0"):
         build(tmp_path, env, full_policy(env), groups=0)
+
+
+def test_what_making_the_data_cost_is_kept_with_them(env, tmp_path):
+    before = dataclasses.replace(env.mdp.counters)
+    data = build(tmp_path / "built", env, full_policy(env))
+    now, names = env.mdp.counters, ("videos_sampled", "reward_queries", "denoiser_forwards")
+    spent = {name: getattr(now, name) - getattr(before, name) for name in names}
+    seconds = sum(getattr(now, name) - getattr(before, name) for name in ("rollout_s", "decode_s", "reward_s"))
+    # two groups of four fill two batches of six, and the last group one
+    assert spent["videos_sampled"] == spent["reward_queries"] == 30 and spent["denoiser_forwards"] == 30 * env.num_steps
+    assert data.cost() == pytest.approx({**spent, "device_s": seconds})
+    assert data.cost(3)["reward_queries"] == 12 + 12 / 2  # half of the second shard
+    assert data.cost(2)["device_s"] < data.cost(4)["device_s"]
+    # What it cost is no part of what the data are, and where nobody says it there is no number.
+    rows = (PROMPTS, latents_of(3), REWARD)
+    cost = {"device_s": 2.0, "videos_sampled": 9.0, "reward_queries": 9.0, "denoiser_forwards": 40.0}
+    for name, given in {"told": cost, "not told": None}.items():
+        PreferenceWriter(tmp_path / name, SETTINGS).append(*rows, cost=given)
+    told, silent = PreferenceData(tmp_path / "told"), PreferenceData(tmp_path / "not told")
+    assert told.cost() == cost and silent.cost() is None and told.identity() == silent.identity()
+    for wrong in ({"device_s": 1.0}, {**cost, "device_s": -1.0}, {**cost, "device_s": float("inf")}):
+        with pytest.raises(ValueError, match="expected finite numbers >= 0 for device_s, videos_sampled"):
+            PreferenceWriter(tmp_path / "told", SETTINGS).append(*rows, cost=wrong)
+
+
+def test_a_shard_is_on_the_disk_before_the_index_lists_it(folder, monkeypatch):
+    done, replace_json = [], preference_files.replace_json
+    monkeypatch.setattr(preference_files, "sync", lambda path: done.append(path.name))
+    monkeypatch.setattr(preference_files, "replace_json", lambda *given: done.append("index") or replace_json(*given))
+    more = (["prompt 0"], latents_of(1, 7), REWARD[:1], {"A": REWARD[:1], "B": REWARD[:1]})
+    PreferenceWriter(folder, SETTINGS).append(*more)
+    assert done == ["shard-00002.safetensors.part", folder.name, "index"]
+
+
+def test_a_refreshed_reference_makes_other_data_and_says_so(env):
+    policy, options = full_policy(env), {"candidates": 4, "seed": 0}
+    before = sampling_settings(env, policy, **options)
+    assert before["adapter_sha256"] is None
+    with torch.no_grad():
+        policy.trainable_parameters()[0].add_(0.5)
+    assert sampling_settings(env, policy, **options) == before
+    policy.refresh_reference()
+    after = sampling_settings(env, policy, **options)
+    assert [key for key in before if before[key] != after[key]] == ["adapter_sha256"]
+    policy.reset_reference()
+    assert sampling_settings(env, policy, **options) == before
+
+
+def test_data_that_the_env_would_score_otherwise_are_refused(tmp_path):
+    """Two rewards of one name and equal settings."""
+
+    def made_with(sign):
+        env = gaussian_env(num_envs=6, group_size=1, reward=lambda video, prompts: sign * video.mean((1, 2, 3, 4)))
+        return env, full_policy(env)
+
+    build(tmp_path, *made_with(1.0), groups=2)
+    one, other = made_with(1.001), made_with(-1.0)
+    queries = one[0].mdp.counters.reward_queries
+    build(tmp_path, *one, groups=2)  # the same but for rounding
+    assert one[0].mdp.counters.reward_queries == queries
+    for groups in (2, 4):
+        with pytest.raises(ValueError, match="the reward gives .* are stored: another reward or decoder"):
+            build(tmp_path, *other, groups=groups)
+    assert len(PreferenceData(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_all_weights_are_not_trained_in_half_precision(dtype):
+    half = tiny_env("flow", dtype=dtype)
+    with pytest.raises(ValueError, match=r"steps of 1e-5 round to nothing; make the env with dtype=torch.float32"):
+        half.make_policy(lora_rank=0)
+    assert {p.dtype for p in half.make_policy(lora_rank=2).trainable_parameters()} == {torch.float32}

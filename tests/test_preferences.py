@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -31,12 +32,16 @@ def test_all_pairs_leaves_out_ties():
     ],
 )
 def test_random_strategies_draw_every_candidate_and_nothing_else(strategy, possible):
-    generator, seen = torch.Generator().manual_seed(0), set()
-    for _ in range(100):
+    generator, seen = torch.Generator().manual_seed(0), Counter()
+    for _ in range(600):
         pairs = preference_pairs(REWARD, 4, strategy, generator)
         assert len(pairs) == 2 and pairs[0, 0] < 4 and pairs[1, 0] == 8
-        seen |= {(w, loser) for w, loser in pairs.tolist()}
-    assert seen == possible
+        seen.update((w, loser) for w, loser in pairs.tolist())
+    assert set(seen) == possible
+    for first, chances in ((True, sum(w < 4 for w, _ in possible)), (False, 3)):
+        for pair in (pair for pair in possible if (pair[0] < 4) == first):
+            expected = 600 / chances
+            assert abs(seen[pair] - expected) < 4 * math.sqrt(expected), pair
 
 
 @pytest.mark.parametrize("strategy", ["best_vs_worst", "best_vs_random", "all_pairs", "random"])
@@ -99,9 +104,26 @@ def test_dpo_loss_has_the_published_numbers():
     ):
         loss, metrics = dpo_loss(*published_case(*shape), beta=5000)
         assert float(loss) == pytest.approx(expected, rel=1e-6)
-        assert float(metrics["margin"]) == pytest.approx(inside, rel=2e-3)  # a difference of float32 means times 2500
+        assert float(metrics["margin"]) == pytest.approx(inside, rel=2e-3)  # published: a difference of rounded means
+        double = dpo_loss(*(x.double() for x in published_case(*shape)), beta=5000)[1]
+        assert float(metrics["margin"]) == pytest.approx(float(double["margin"]), rel=1e-5)
         assert float(metrics["implicit_accuracy"]) == 0.0
     assert float(videodpo_column_loss(*published_case(2, 4, 3, 8, 8), beta=5000)) == pytest.approx(0.6938601, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_small_margins_are_not_lost_to_rounding(dtype):
+    """As in the first thousands of steps at 1e-6: outputs that differ by a ten-thousandth."""
+    shape = (2, 4, 8, 8, 8)
+    target = wave(shape, 0.37, 0.1)
+    reference = (0.01 * wave(shape, 0.53, 0.7)).to(dtype)
+    prediction = (reference.float() + 1e-4 * wave(shape, 0.91, 0.2)).to(dtype)
+    given = (prediction, reference, target.to(dtype))
+    p, r, t = (x.double() for x in given)
+    expected = ((p - t) ** 2 - (r - t) ** 2).flatten(1).mean(1)
+    _, metrics = dpo_loss(*given, beta=5000)
+    assert float(metrics["winner_error_change"]) == pytest.approx(float(expected[0]), rel=1e-4) != 0
+    assert float(metrics["margin"]) == pytest.approx(-2500 * float(expected[0] - expected[1]), rel=1e-4)
 
 
 def test_dpo_loss_by_hand():

@@ -12,6 +12,7 @@ from models import PROMPTS, brightness, tiny_env, tiny_model
 
 import vdm_env
 from algos.ppo_torchrl import TorchRLPPO, TorchRLPPOConfig
+from algos.rollout import collect
 from algos.sanity import (
     check_algorithm,
     gradients_where_they_belong,
@@ -108,6 +109,25 @@ def test_a_good_algorithm_passes_and_is_left_as_it_was(build, capsys):
     assert algorithm.update() == untouched.update()
     for a, b in zip(algorithm.policy.trainable_parameters(), untouched.policy.trainable_parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_an_env_that_was_used_with_other_noise_is_checked_all_the_same():
+    env = gaussian_env("flow", num_envs=8)
+    algorithm = ddpo_on(env, full_policy(env), videos_per_rollout=8, updates_per_rollout=1)
+    env.reset(options={"noise_levels": [0.0] * 5})
+    names = [result.name for result in check_algorithm(algorithm, show=False)]
+    assert "ratio_before_update" in names and "sde_marginals" in names
+
+
+def test_a_rollout_with_noise_of_its_own_is_checked_where_it_has_any():
+    env = gaussian_env("flow", num_envs=8)
+    policy = full_policy(env)
+    rollout = collect(env, policy, noise_levels=[0.7, 0.7, 0.0, 0.0, 0.0])
+    env.reset()
+    result = ratio_before_update(env, policy, rollout=rollout)
+    assert result.ok and result.measured == 0.0
+    with pytest.raises(ValueError, match="no noise here"):
+        ratio_before_update(env, policy, rollout=collect(env, policy, noise_levels=[0.0] * 5))
 
 
 def test_only_what_applies_is_checked():

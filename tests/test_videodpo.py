@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -61,6 +62,9 @@ def test_probabilities_and_weights_by_hand():
     )
     # differences 10, 9.4, 3.5 in two bins of 3.5 .. 6.75 .. 10
     assert pair_probabilities(table, reward, "difference", 2).tolist() == pytest.approx([2 / 3, 2 / 3, 1 / 3])
+    # a value on an edge belongs to the bin above: differences 0, 5, 10
+    edge = replace(table, winner_reward=torch.tensor([10.0, 5.0, 7.0]), loser_reward=torch.tensor([0.0, 0.0, 7.0]))
+    assert pair_probabilities(edge, reward, "difference", 2).tolist() == pytest.approx([2 / 3, 2 / 3, 1 / 3])
     # rewards in two bins of 0 .. 5 .. 10: four low ones and two high ones of six
     expected = [2 / 6 * 4 / 6, 2 / 6 * 4 / 6, 4 / 6 * 4 / 6]
     assert pair_probabilities(table, reward, "product", 2).tolist() == pytest.approx(expected)
@@ -129,6 +133,7 @@ def test_the_first_updates_sample_and_the_next_ones_learn(tmp_path):
     data = PreferenceData(tmp_path)
     assert rows[1]["reward_mean"] == pytest.approx(float(data.reward[5:10].mean()))
     assert rows[1]["reward_group_std_mean"] == pytest.approx(float(data.reward[5:10].std(1, correction=0).mean()))
+    assert rows[2]["data_reward_queries"] == rows[2]["data_device_s"] == 0  # of its own making: its own cost
     sampled = env.mdp.counters.reward_queries
     learned = dpo.update()
     assert learned["optimiser_steps"] == 1 and learned["grad_norm"] > 0 and "reward_mean" not in learned
@@ -142,7 +147,12 @@ def test_data_that_are_there_are_not_sampled_again(folder):
     env = gaussian_env()
     policy = full_policy(env)
     dpo = dpo_on(env, policy, folder, pairs="best_vs_random", weight_exponent=0.0)  # made anew from the same videos
-    assert dpo.update()["optimiser_steps"] == 1
+    row = dpo.update()
+    assert row["optimiser_steps"] == 1
+    # what is found has been paid for: batches of sixteen for five, five and two groups of four
+    assert row["data_reward_queries"] == row["data_videos_sampled"] == 80 and row["data_device_s"] > 0
+    assert row["data_denoiser_forwards"] == 80 * env.num_steps
+    assert dpo.state_dict()["data_cost"]["reward_queries"] == 80
     fewer = dpo_on(env, policy, folder, prompts=7)
     assert len(fewer.learner.table) == 7 and fewer.update()["groups_built"] == 7
     assert env.mdp.counters.videos_sampled == env.mdp.counters.reward_queries == 0
@@ -159,6 +169,11 @@ def test_data_made_differently_are_refused_with_the_keys(folder, tmp_path):
     other = gaussian_env(reward=lambda video, prompts: video.mean((1, 2, 3, 4)), num_steps=3)
     with pytest.raises(ValueError, match="differently in num_steps, reward .*take another folder"):
         dpo_on(other, full_policy(other), folder)
+    first = dpo_on(env, full_policy(env), folder)
+    with pytest.raises(ValueError, match="in seed .*data_seed sets it apart"):
+        dpo_on(env, full_policy(env), folder, seed=1)
+    shared = dpo_on(env, full_policy(env), folder, seed=1, data_seed=0)
+    assert shared.learner.ready and first.update()["loss"] != shared.update()["loss"]  # other pairs come first
     broken = tmp_path / "broken"
     broken.mkdir()
     for path in folder.iterdir():
@@ -203,6 +218,45 @@ def test_omniscore_with_its_sub_scores_in_the_embedded_world(tmp_path):
 # ------------------------------------------------------------------ resuming
 
 
+@pytest.mark.parametrize("updates", [1, 3, 4])
+def test_a_run_killed_after_its_checkpoint_is_redone_with_its_costs(updates, tmp_path):
+    """The folder is then ahead of the checkpoint."""
+    env = gaussian_env()
+    policy = env.make_policy(lora_rank=2)
+    dpo = dpo_on(env, policy, tmp_path / "data")
+    for _ in range(updates):
+        dpo.update()
+    save_checkpoint(tmp_path / "checkpoint", {"algorithm": dpo.state_dict()}, policy)
+    spent = replace(env.mdp.counters)
+    expected = [dpo.update() for _ in range(4)]
+
+    def counts(counters):
+        names = ("videos_sampled", "reward_queries", "denoiser_forwards", "denoiser_backwards")
+        return {name: getattr(counters, name) for name in names}
+
+    shards = {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
+    other = gaussian_env()
+    other_policy = other.make_policy(lora_rank=2, seed=5)
+    restored = dpo_on(other, other_policy, tmp_path / "data")
+    assert restored.learner.ready and restored.learner.data_cost["reward_queries"] == 80  # five batches of sixteen
+    other_policy.load(tmp_path / "checkpoint" / "policy")
+    restored.load_state_dict(load_checkpoint(tmp_path / "checkpoint")["algorithm"])
+    for name in ("videos_sampled", "reward_queries", "denoiser_forwards", "denoiser_backwards"):
+        setattr(other.mdp.counters, name, getattr(spent, name))
+    assert [restored.update() for _ in range(4)] == expected
+    assert counts(other.mdp.counters) == counts(env.mdp.counters)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == shards
+
+
+def test_a_folder_that_lost_groups_is_not_gone_on_with(tmp_path):
+    env = gaussian_env()
+    dpo = dpo_on(env, full_policy(env), tmp_path / "data")
+    dpo.update()
+    restored = dpo_on(env, full_policy(env), tmp_path / "other")
+    with pytest.raises(ValueError, match="when 5 groups were built, but .* holds 0; put the folder back"):
+        restored.load_state_dict(dpo.state_dict())
+
+
 @pytest.mark.parametrize("updates", [0, 2, 3, 5])
 def test_a_run_continues_bit_for_bit_from_a_checkpoint(updates, tmp_path):
     """Interrupted while sampling, between sampling and learning, and while learning."""
@@ -211,6 +265,8 @@ def test_a_run_continues_bit_for_bit_from_a_checkpoint(updates, tmp_path):
     dpo = dpo_on(env, policy, tmp_path / "data", warmup_steps=5)
     for _ in range(updates):
         dpo.update()
+    if updates >= 5:
+        policy.refresh_reference()
     save_checkpoint(tmp_path / "checkpoint", {"algorithm": dpo.state_dict()}, policy)
     (tmp_path / "later").mkdir()
     for path in (tmp_path / "data").glob("*"):
@@ -227,6 +283,7 @@ def test_a_run_continues_bit_for_bit_from_a_checkpoint(updates, tmp_path):
     assert [restored.update() for _ in range(5)] == expected
     for a, b in zip(policy.trainable_parameters(), restored_policy.trainable_parameters(), strict=True):
         assert torch.equal(a, b)
+    restored_policy.reset_reference()
     if updates >= 3:
         with pytest.raises(ValueError, match="saved while learning from other pairs"):
             dpo_on(env, restored_policy, tmp_path / "data", weight_exponent=0.0).load_state_dict(state)

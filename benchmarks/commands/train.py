@@ -31,7 +31,8 @@ class EvaluationOptions:
     eval_every: str | None = None
     """a number of updates, or a duration of training such as 30s; None: an eighth of the budget"""
     eval_noise_level: float | None = None
-    """noise of the sampler in evaluations; None: --noise-level or else the model's, whatever the algorithm trains with"""
+    """noise of the sampler in evaluations; None: --noise-level or else the model's, whatever the algorithm
+    trains with"""
     eval_videos: int = 6
     """prompts whose first video is kept"""
 
