@@ -200,8 +200,10 @@ def test_it_moves_to_the_better_side_without_a_differentiable_reward(schedule, o
     means = START if options["labels"] == "group" else START[:1]
     env = gaussian_env(schedule, means=means, reward=blind, num_envs=32, group_size=8)
     algorithm = kto_on(env, full_policy(env), weight_decay=0.0, learning_rate=0.05, micro_batch=32, **options)
-    rows = [algorithm.update() for _ in range(30)]
-    assert sum(row["reward_mean"] for row in rows[-5:]) / 5 > 0.6 * rows[0]["reward_mean"]  # rewards are <= 0
+    rows = [algorithm.update() for _ in range(25)]
+    # A threshold promises no more than videos above it: once nearly all are, it does not say which of them are better.
+    goal = options.get("threshold", 0.6 * rows[0]["reward_mean"])
+    assert rows[0]["reward_mean"] < goal < sum(row["reward_mean"] for row in rows[-5:]) / 5
     assert env.mdp.counters.reward_backward_queries == 0
 
 
