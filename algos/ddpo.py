@@ -104,7 +104,7 @@ class DDPOConfig:
         Raises:
             ValueError: there are none for this model.
         """
-        flow = cls(learning_rate=2e-3, videos_per_rollout=64, updates_per_rollout=1, advantage="group")
+        flow = cls(learning_rate=5e-4, videos_per_rollout=64, updates_per_rollout=1, advantage="group")
         return pick_preset({"MovingShapes": flow, "MovingShapesUNet": replace(flow, learning_rate=1e-3)}, model)
 
 

@@ -142,6 +142,25 @@ def test_encoders_rest_in_main_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert moves[2:] == ["meta", "cpu"]
 
 
+def test_both_encoders_of_hunyuan_stay_for_all_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = new_tiny("HunyuanVideo")
+    moves: dict[str, list[str]] = {}
+    for part in ("llama", "clip"):
+        encoder = getattr(model.text, part)
+        kept = moves.setdefault(part, [])
+
+        def record(*places: object, kept: list[str] = kept, move: object = encoder.to) -> torch.nn.Module:
+            kept.append(str(places[0]))
+            return move(*places)  # type: ignore[operator]
+
+        monkeypatch.setattr(encoder, "to", record)
+    env = make(model=model, reward=lambda video, _: video.mean((1, 2, 3, 4)), prompts=PROMPTS, num_envs=2, num_steps=2)
+    env.mdp.condition([0, 1])
+    assert moves == {"llama": ["cpu", "cpu"], "clip": ["cpu", "cpu"]}
+    model.encode_prompts(["another"])  # by itself, a visit of its own
+    assert moves["llama"] == ["cpu"] * 4
+
+
 def test_nothing_is_padding_for_mochi() -> None:
     condition = tiny("Mochi").encode_prompts(["abc", ""])
     assert condition["mask"].sum(1).tolist() == [4, 0]

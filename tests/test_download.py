@@ -110,6 +110,8 @@ def test_every_reward_looks_for_what_is_listed(name: str, monkeypatch: pytest.Mo
 
 
 def test_files_named_in_reward_modules_are_listed() -> None:
+    from torchvision.models.optical_flow import Raft_Large_Weights
+
     from vdm_env.rewards import aesthetic, clip_loading, image_reward, vader_heads, viclip, vjepa
 
     listed = {name: {file for entry in entries for file in entry.files} for name, entries in REWARD_FILES.items()}
@@ -119,6 +121,7 @@ def test_files_named_in_reward_modules_are_listed() -> None:
     assert {image_reward.FILE, image_reward.VOCABULARY_FILE} == listed["ImageReward"]
     assert all(file in listed[name] for name, file in vader_heads.FILES.items())
     assert viclip.FILE in listed["ViCLIP"] and vjepa.FILE in listed["VJEPA"]
+    assert [entry.address for entry in REWARD_FILES["Motion"]] == [Raft_Large_Weights.C_T_V2.url]
 
 
 def test_plans_follow_what_belongs_together() -> None:

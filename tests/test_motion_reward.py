@@ -127,7 +127,7 @@ def test_released_file_loads_strictly(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "no_cache"))
     monkeypatch.setattr("torchvision.models.optical_flow.raft_large", lambda weights: tiny_raft())
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
-    with pytest.raises(MissingWeightsError, match=rf"{FILE}.*torchvision"):
+    with pytest.raises(MissingWeightsError, match=rf"{FILE}.*pytorch/vision.*vdm-env download Motion"):
         REWARDS["Motion"].build(RewardContext())
     torch.manual_seed(3)
     state = tiny_raft().state_dict()

@@ -16,7 +16,7 @@ from vdm_env.rewards import REWARDS, RewardContext, select_frames
 PROMPTS = ["playing piano in the rain", "riding scooter past a book"]
 FRAMES = 4
 READ_PROMPTS = {"HPS", "HPSv2", "HPSv2.1", "PickScore", "CLIP", "Action", "ViCLIP", "ImageReward"}
-READ_PROMPTS |= {"VideoScore", "VideoAlign"}
+READ_PROMPTS |= {"VideoScore", "VideoAlign", "OmniScore"}
 IGNORE_PROMPTS = {"Aesthetic", "Brightness", "JPEGCompressibility", "Compression", "Rainy", "Snowy"}
 IGNORE_PROMPTS |= {"ObjectRemoval", "ObjectRemovalDINO", "VJEPA", "VJEPA2", "Motion", "JPEGSurrogate"}
 # The chunk of these is a number of images or of videos.

@@ -222,6 +222,7 @@ def test_the_contracts_hold(model):
 def test_made_by_name_it_runs_and_learns():
     env = make("SVD-HPS", weights="random", scale="tiny", num_envs=2)
     assert env.num_steps == 25 and env.mdp.table.stochastic.tolist() == [True] * 24 + [False]
+    env = env.derive(num_steps=3)
     policy = env.make_policy(lora_rank=2)
     obs, _ = env.reset(seed=0)
     for _ in range(env.num_steps):

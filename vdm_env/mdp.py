@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,8 +216,12 @@ class DenoisingMDP:
         ids = [int(i) for i in prompt_ids]
         if self.on_images:
             return self._image_condition(ids, None if video_seeds is None else [int(s) for s in video_seeds])
-        for i in sorted({i for i in ids if i not in self._conditions}):
-            self._embed(i, self.prompts[i])
+        new = sorted({i for i in ids if i not in self._conditions})
+        # A model whose text encoder rests in main memory has a method `embedding()`: one way there and back for all.
+        at_hand = getattr(self.model, "embedding", None) if new else None
+        with nullcontext() if at_hand is None else at_hand():
+            for i in new:
+                self._embed(i, self.prompts[i])
         return self._gather(ids)
 
     def unconditional(self, batch: int, condition: Condition | None = None) -> Condition:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -69,6 +70,11 @@ class ContinuationModel:
         condition = self.base.encode_prompts(prompts)
         like = next(iter(condition.values()))
         return condition | {CLIP: torch.zeros(len(prompts), dtype=torch.int64, device=like.device)}
+
+    def embedding(self) -> AbstractContextManager[None]:
+        """The base model's, where it has one."""
+        at_hand = getattr(self.base, "embedding", None)
+        return nullcontext() if at_hand is None else at_hand()
 
     def unconditional(self, condition: Condition) -> Condition:
         """The base model's, for the same clip."""

@@ -10,7 +10,8 @@ Verified: sampling against diffusers' own pipeline on random weights. Not verifi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +88,12 @@ class HunyuanText:
     """what Llama is asked around the prompt"""
     crop: int = DEFAULT_PROMPT_TEMPLATE["crop_start"]
     """tokens of the template before the prompt, which the network does not see"""
+
+    @contextmanager
+    def visit(self) -> Iterator[None]:
+        """Inside, both encoders stay on the device from one call to the next."""
+        with visiting(self.llama, self.device), visiting(self.clip, self.device):
+            yield
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Condition:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -110,13 +111,25 @@ def video_codec(vae: Any, needed: Needed) -> VideoCodec:
 # ----------------------------------------------------------------------------------------------------------- text
 
 
+_VISITORS: WeakSet[nn.Module] = WeakSet()
+"""Encoders that are on their device for now."""
+
+
 @contextmanager
 def visiting(encoder: nn.Module, device: torch.device) -> Iterator[None]:
-    """Inside, the encoder is on the device; afterwards it rests in main memory again."""
-    encoder.to(device)
+    """Inside, the encoder is on the device; afterwards it rests in main memory again.
+
+    A visit inside a visit moves nothing.
+    """
+    if encoder in _VISITORS:
+        yield
+        return
+    _VISITORS.add(encoder)
     try:
+        encoder.to(device)
         yield
     finally:
+        _VISITORS.discard(encoder)
         encoder.to("cpu")
 
 
@@ -140,6 +153,10 @@ class TokenStates:
     empty_is_nothing: bool = False
     """"" is padding only, with a mask of zeros, instead of an end token"""
     clean: Callable[[str], str] = str
+
+    def visit(self) -> AbstractContextManager[None]:
+        """Inside, the encoder stays on the device from one call to the next."""
+        return visiting(self.encoder, self.device)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Condition:
@@ -204,6 +221,11 @@ class PipelineModel:
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         return self.text(prompts)
+
+    def embedding(self) -> AbstractContextManager[None]:
+        """Inside, several `encode_prompts` move the text encoders to the device and back only once."""
+        visit = getattr(self.text, "visit", None)
+        return nullcontext() if visit is None else visit()
 
     def encode(self, video: Tensor) -> Tensor:
         return self.codec.encode(video)

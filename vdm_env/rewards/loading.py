@@ -124,12 +124,13 @@ def _missing(
 ) -> MissingWeightsError:
     known = files_of(repository, file)
     about = f" ({known.size}; licence: {known.licence})" if known else ""
+    needed = known.files if known and all(known.has(one) for one in files) else files  # parts that an index names, too
     how = how or (f"`curl -L -O {known.address}`" if known and known.address else "")
     by_hand = f", by hand with {how}" if how else ""
     check = f" (sha256 {known.sha256})" if known and known.sha256 else ""
     looked = ", ".join(str(root) for root in dict.fromkeys(roots))
     return MissingWeightsError(
-        f"reward {name!r} needs {', '.join(files)} of the repository {repository!r}{about}; {file} is neither in "
+        f"reward {name!r} needs {', '.join(needed)} of the repository {repository!r}{about}; {file} is neither in "
         f"{looked} nor in the hub's local cache. Fetch it once with `vdm-env download {name}`{by_hand}{check}, or put "
         f"the files into a folder of the repository's name in the folder that {weights_folder.VARIABLE} names. "
         "Without any download there are the environment 'MovingShapes-HPS', whose small networks are part of "

@@ -39,7 +39,7 @@ from vdm_env.rewards.tensors import at_least_float32, in_chunks
 NAME = "Motion"
 REFERENCE_SIDE = 256
 """short side of the video in whose pixels the score counts"""
-_REPOSITORY = "torchvision"
+_REPOSITORY = "pytorch/vision"
 _LEAST = 1e-6
 
 
@@ -211,9 +211,8 @@ def build_motion(context: RewardContext) -> MotionReward:
     address = Raft_Large_Weights.C_T_V2.url
     file = address.rsplit("/", 1)[1]
     cached = Path(torch.hub.get_dir()) / "checkpoints" / file
-    if (context.folder is None or not any((Path(context.folder) / p / file).is_file() for p in ("", _REPOSITORY))) and (
-        cached.is_file()
-    ):
+    own = [] if context.folder is None else [Path(context.folder) / part / file for part in ("", _REPOSITORY, "vision")]
+    if cached.is_file() and not any(path.is_file() for path in own):
         path = cached
     else:
         (path,) = find_files(

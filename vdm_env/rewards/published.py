@@ -97,6 +97,14 @@ PUBLISHED: dict[str, tuple[RewardFiles, ...]] = {
     ),
     "VJEPA2": (_files("facebook/vjepa2-vitl-fpc64-256", "about 1.3 GB", "MIT"),),
     "ViCLIP": (_files("OpenGVLab/ViCLIP", "about 1.7 GB", "Apache-2.0", "ViClip-InternVid-10M-FLT.pth"),),
+    "Motion": (
+        _elsewhere(
+            "pytorch/vision",
+            "https://download.pytorch.org/models/raft_large_C_T_V2-1bb1363a.pth",
+            "about 20 MB",
+            "BSD-3-Clause",
+        ),
+    ),
     "VideoScore": (
         _files(
             "TIGER-Lab/VideoScore",
