@@ -147,7 +147,13 @@ class DenoisingMDP:
     # ------------------------------------------------------------------ pixels and scores
 
     def encode(self, video: Tensor) -> Tensor:
-        """Latents of a video [B,F,3,H,W] in [0,1]."""
+        """Latents of a video [B,F,3,H,W] in [0,1].
+
+        Raises:
+            TypeError: whole numbers, such as uint8 in 0..255.
+        """
+        if not video.is_floating_point():
+            raise TypeError(f"the video is {video.dtype}, expected floats in [0, 1]; divide bytes by 255 first")
         return self.model.encode(video.to(self.device))
 
     def decode(self, latents: Tensor, frames: Tensor | None = None) -> Tensor:
