@@ -107,6 +107,6 @@ def test_rollout_seconds_are_counted_apart_from_decoding_and_scoring():
 
 
 def test_a_video_in_bytes_is_not_encoded_as_if_it_were_between_0_and_1() -> None:
-    env = vdm_env.make("MovingShapes-HPS", num_envs=1)
+    env = make("MovingShapes-HPS", num_envs=1)
     with pytest.raises(TypeError, match="divide bytes by 255"):
         env.mdp.encode(torch.zeros(1, 8, 3, 32, 32, dtype=torch.uint8))
