@@ -147,7 +147,7 @@ def _seal(folder: Path) -> None:
     files = {}
     for path in paths:
         sync(path)
-        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     manifest = folder / _MANIFEST
     manifest.write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
     sync(manifest)
@@ -176,10 +176,11 @@ def _verify(folder: Path) -> None:
             raise DamagedCheckpointError(
                 f"checkpoint {folder} is damaged: {name} has {path.stat().st_size} bytes instead of {size}"
             )
-        if _sha256(path) != digest:
+        if file_sha256(path) != digest:
             raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {name} has another checksum than its own")
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, read piece by piece."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

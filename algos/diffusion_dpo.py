@@ -22,6 +22,7 @@ from torch import Tensor
 
 from algos.pairs import Pairs, count_pairs, draw_noise, join_pairs, mean_rows, pair_step, paired_loss, warmed_up
 from algos.preferences import Strategy, preference_pairs
+from algos.rollout import sample_videos
 from algos.training import (
     adamw,
     check_choice,
@@ -143,15 +144,14 @@ class DiffusionDPO:
             FloatingPointError: the gradient is not finite; this optimiser step was not taken.
         """
         c = self.config
-        sampled = [self._sample() for _ in range(self.batches)]
-        new = join_pairs([pairs for _, pairs in sampled])
+        reward, new = self._sample()
         if not c.on_policy:
             # cloned: a slice would keep what was cut off in memory
             joined = join_pairs([self.buffer, new])
             self.buffer = {name: value[-c.buffer_pairs :].clone() for name, value in joined.items()}
         rows = [self._step(pairs) for pairs in self._deal(new)]
         return {
-            **reward_metrics(torch.cat([reward for reward, _ in sampled]), self.env.group_size),
+            **reward_metrics(reward, self.env.group_size),
             "pairs_new": float(count_pairs(new)),
             "pairs_buffered": float(count_pairs(self.buffer)),
             **mean_rows(rows),
@@ -159,22 +159,13 @@ class DiffusionDPO:
             "optimiser_steps": float(len(rows)),
         }
 
-    @torch.no_grad()
     def _sample(self) -> tuple[Tensor, Pairs]:
-        """Rewards [B] of one batch and its pairs."""
-        obs, _ = self.env.reset()
-        reward = torch.empty(0)
-        for _ in range(self.env.num_steps):
-            obs, reward, *_ = self.env.step(self.policy(obs))
+        """Rewards [videos_per_update] of new videos, and their pairs."""
+        clean, prompt_id, reward = sample_videos(self.env, self.policy, self.batches)
         winner, loser = preference_pairs(reward, self.env.group_size, self.config.pairs, self.generator).unbind(1)
         if not len(winner):
             return reward, {}
-        clean = obs["latents"].cpu()  # of the last observation: what was decoded
-        return reward, {
-            "winner": clean[winner],
-            "loser": clean[loser],
-            "prompt_id": obs["prompt_id"].cpu()[winner],
-        }
+        return reward, {"winner": clean[winner], "loser": clean[loser], "prompt_id": prompt_id[winner]}
 
     def _deal(self, new: Pairs) -> list[Pairs]:
         """The pairs of each optimiser step."""

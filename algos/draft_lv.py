@@ -134,7 +134,7 @@ class DRaFTLV:
         def learn(reward: Tensor) -> Tensor:
             nonlocal loss_sum
             check_graph(reward, self.env)
-            loss = self._loss(reward) / terms
+            loss = losses.reward_loss(reward, c.loss, target=c.loss_target, scale=c.loss_scale) / terms
             loss.backward()  # at once: only one copy's graph is alive at a time
             loss_sum += float(loss.detach())
             return reward.detach()
@@ -175,13 +175,6 @@ class DRaFTLV:
         action = self.policy.dist({**before, "latents": noised}).rsample(noise=action_noise)
         again = mdp.step(noised, action, before["step"])
         return mdp.outcome(again, before["prompt_id"].cpu(), before["video_seed"].cpu()).reward
-
-    def _loss(self, reward: Tensor) -> Tensor:
-        if self.config.loss == "one_minus":
-            return losses.one_minus(reward)
-        if self.config.loss == "negative":
-            return losses.negative_mean(reward)
-        return losses.target_l1(reward, self.config.loss_target, self.config.loss_scale)
 
     def state_dict(self) -> dict[str, Any]:
         """Optimiser, generator and the env's stream; the policy's weights are saved with the policy."""

@@ -33,7 +33,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from algos.checkpoint import sync
+from algos.checkpoint import file_sha256, sync
 from algos.provenance import plain
 from algos.run_files import replace_json
 from vdm_env import __version__
@@ -213,12 +213,6 @@ def read_index(folder: Path) -> dict[str, Any]:
 def digest(value: Mapping[str, Any]) -> str:
     """SHA-256 of a JSON-able value, the same whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, read piece by piece."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check(name: str, value: Any, shape: tuple[int, ...]) -> None:

@@ -132,12 +132,14 @@ class ReFL:
             FloatingPointError: the gradient is not finite; nothing was changed.
             ValueError: the reward has no graph although it says that it is differentiable.
         """
+        c = self.config
         rewards, loss_sum, step_sum = [], 0.0, 0
         for _ in range(self.batches):
             step = self._draw_step()
             reward = self._estimate(step)
             check_graph(reward, self.env)
-            loss = self.config.loss_coefficient * self._loss(reward) / self.batches
+            loss = losses.reward_loss(reward, c.loss, target=c.loss_target)
+            loss = c.loss_coefficient * loss / self.batches
             loss.backward()
             rewards.append(reward.detach())
             loss_sum += float(loss.detach())
@@ -167,11 +169,6 @@ class ReFL:
         clean = mdp.x0(obs["latents"], self.policy.mean(obs), obs["step"])
         mdp.counters.rollout_s += mdp.clock() - started  # the env counts only episodes that end
         return mdp.outcome(clean, obs["prompt_id"].cpu(), obs["video_seed"].cpu()).reward
-
-    def _loss(self, reward: Tensor) -> Tensor:
-        if self.config.loss == "hinge":
-            return losses.hinge(reward, self.config.loss_target)
-        return losses.negative_mean(reward) if self.config.loss == "negative" else losses.one_minus(reward)
 
     def state_dict(self) -> dict[str, Any]:
         """Optimiser, generator and the env's stream; the policy's weights are saved with the policy."""

@@ -225,11 +225,12 @@ class VADER:
             FloatingPointError: the gradient is not finite; nothing was changed.
             ValueError: the reward has no graph although it says that it is differentiable.
         """
+        c = self.config
         rewards, loss_sum, depth = [], 0.0, 0
         for _ in range(self.batches):
             cut = self._cut()
             reward = self._sample(cut)
-            loss = self.config.loss_coefficient * self._loss(reward)
+            loss = c.loss_coefficient * losses.reward_loss(reward, c.loss, target=c.loss_target, scale=c.loss_scale)
             (loss / self.batches).backward()
             rewards.append(reward.detach())
             loss_sum += float(loss.detach())
@@ -268,13 +269,6 @@ class VADER:
                 obs, reward, *_ = self.env.step(self.policy(seen))
         check_graph(reward, self.env)
         return reward
-
-    def _loss(self, reward: Tensor) -> Tensor:
-        if self.config.loss == "one_minus":
-            return losses.one_minus(reward)
-        if self.config.loss == "negative":
-            return losses.negative_mean(reward)
-        return losses.target_l1(reward, self.config.loss_target, self.config.loss_scale)
 
     def state_dict(self) -> dict[str, Any]:
         """Optimiser, generator and the env's stream; the policy's weights are saved with the policy."""

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from algos.losses import clipped_surrogate, kl_penalty, negative_mean, one_minus, target_l1
+from algos.losses import clipped_surrogate, hinge, kl_penalty, negative_mean, one_minus, reward_loss, target_l1
 
 VECTOR_LOSSES = [one_minus, negative_mean, lambda r: target_l1(r, 1.0), lambda r: kl_penalty(r, 1.0)]
 
@@ -99,3 +99,13 @@ def test_vectors_of_two_lengths_do_not_broadcast():
         target_l1(torch.zeros(2), 1.0, 0.0)
     with pytest.raises(ValueError, match="coefficient is nan"):
         kl_penalty(torch.zeros(2), math.nan)
+
+
+def test_the_names_of_reward_losses_are_the_losses():
+    reward = torch.tensor([0.25, 3.0])
+    given = {"target": 2.0, "scale": 0.5}
+    named = [float(reward_loss(reward, kind, **given)) for kind in ("one_minus", "negative", "target_l1", "hinge")]
+    losses = one_minus(reward), negative_mean(reward), target_l1(reward, 2.0, 0.5), hinge(reward, 2.0)
+    assert named == [float(loss) for loss in losses] == [-0.625, -1.625, 0.6875, 0.875]
+    with pytest.raises(ValueError, match="kind is 'plus', expected one_minus"):
+        reward_loss(reward, "plus")

@@ -23,6 +23,7 @@ from algos.losses.reward_gradient import (
     hinge,
     negative_mean,
     one_minus,
+    reward_loss,
     target_l1,
     temporal_attenuation,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "one_minus",
     "optimality_probability",
     "raw_weights",
+    "reward_loss",
     "softmax_weights",
     "sparse_weights",
     "target_l1",

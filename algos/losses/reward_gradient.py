@@ -85,6 +85,29 @@ def hinge(reward: Tensor, target: float, scale: float = 1.0) -> Tensor:
     return scale * (target - reward).clamp(min=0).mean()
 
 
+def reward_loss(reward: Tensor, kind: str, *, target: float = 0.0, scale: float = 1.0) -> Tensor:
+    """One of the losses above, by its name in the configs.
+
+    Args:
+        reward: [B], carries the gradient.
+        kind: "one_minus", "negative", "target_l1" (of `target` and `scale`) or "hinge" (of `target`).
+        target: in units of the reward.
+        scale: > 0.
+
+    Raises:
+        TypeError, ValueError: reward is not a floating-point vector, scale <= 0, or another name.
+    """
+    if kind == "one_minus":
+        return one_minus(reward)
+    if kind == "negative":
+        return negative_mean(reward)
+    if kind == "target_l1":
+        return target_l1(reward, target, scale)
+    if kind == "hinge":
+        return hinge(reward, target)
+    raise ValueError(f"kind is {kind!r}, expected one_minus, negative, target_l1 or hinge")
+
+
 def temporal_attenuation(frames: Tensor, num_frames: int, rate: float, *, normalised: bool = False) -> Tensor:
     """How much each frame's score counts: most in the middle of the video.
 
