@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from algos.evaluate import GOLD, PROXY, Evaluation, Evaluator
 from algos.meter import Meter, finite
 from algos.progress import Progress, Stop
 from algos.random_state import get_random_state, set_random_state
-from algos.run_files import append_rows, replace_file, replace_json, sync_logs, writing
+from algos.run_files import append_rows, read_json, replace_file, replace_json, sync_logs, writing
 
 _UNITS = {"s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
 
@@ -73,7 +73,8 @@ class Loop:
 
     algorithm: Any
     policy: Any
-    evaluator: Evaluator | None
+    evaluators: Sequence[Evaluator]
+    """of several splits; the first is the main one, whose proxy decides which checkpoint is best"""
     env: Any
     meter: Meter
     folder: Path
@@ -128,6 +129,7 @@ class Loop:
             metrics = self._checked_update()
         self.whole = True
         self.update += 1
+        self._measure_flops()
         row = self.meter.row(self.update, {"skipped_updates": self.skipped, **metrics})
         with writing(self.folder):
             append_rows(self.folder / "train.jsonl", [row])
@@ -138,6 +140,14 @@ class Loop:
         # Before the evaluation: the state must survive a failure in it.
         if self.evaluation_due if every is None else every and self.update % every == 0:
             self._checkpoint()
+
+    def _measure_flops(self) -> None:
+        """What calls cost, after the update that made the first of each; where that cannot be had, run.json says so."""
+        note = self.meter.measure_flops()
+        if note:
+            path = self.folder / "run.json"
+            with writing(self.folder):
+                replace_json(path, {**read_json(path), "flops_note": note})
 
     def _checked_update(self) -> Mapping[str, Any]:
         """The algorithm's metrics; none if the update was given up for a gradient that is not finite.
@@ -186,15 +196,15 @@ class Loop:
         )
 
     def _evaluate(self) -> None:
-        """Does the evaluation that is due, unless the run is to stop; a signal leaves it due."""
-        if self.evaluator is None:
+        """Does the evaluations that are due, unless the run is to stop; a signal leaves them due."""
+        if not self.evaluators:
             self.evaluation_due = False
             return
         if not self.evaluation_due or self.stop.requested:
             return
         with self.meter.phase("eval"), self.stop.droppable(at_once=True):
             try:
-                found = self.evaluator.evaluate(self.policy)
+                every = [evaluator.evaluate(self.policy) for evaluator in self.evaluators]
             except Exception as error:
                 if _out_of_memory(error):
                     raise self._short_of_memory(error, f"the evaluation after update {self.update}") from error
@@ -206,11 +216,13 @@ class Loop:
             "reward_queries": int(self.meter.totals["reward_queries"]),
             "denoiser_forwards": int(self.meter.totals["denoiser_forwards"]),
             "denoiser_backwards": int(self.meter.totals["denoiser_backwards"]),
+            **self.meter.operations(),
         }
-        self.meter.nan_values += found.nan_values
+        found = every[0]
+        self.meter.nan_values += sum(one.nan_values for one in every)
         with writing(self.folder):
             self._save_videos(found)
-            append_rows(self.folder / "eval.jsonl", [{**at, **row} for row in found.rows])
+            append_rows(self.folder / "eval.jsonl", [{**at, **row} for one in every for row in one.rows])
         self.evaluation_due, self.evaluated_at = False, self.update
         names = {row["reward"] for row in found.rows} & {PROXY, GOLD}
         self.scores = {name: found.mean(name) for name in sorted(names, reverse=True)}

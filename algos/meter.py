@@ -1,7 +1,10 @@
-"""What a training run has cost so far: seconds per phase, device-seconds, counts and memory.
+"""What a training run has cost so far: seconds per phase, device-seconds, counts, operations and memory.
 
-The budget of every comparison is `device_s`: seconds in which the device was held for rollout, decoding, reward and
-update. Set-up, evaluation and checkpoints are timed too, but apart, so that anyone may add them back.
+The budget of every comparison is `device_s`, the time a device worked or was held for rollout, decoding, reward and
+update. On a GPU that is the wall time of the train phase times the devices held. On a CPU it is the CPU-seconds of
+this process in the train phase, over all its threads: what other programs do on the machine does not enter, two
+threads count twice, and time spent waiting for another process counts nothing. Set-up, evaluation and checkpoints are
+timed too, but apart, so that anyone may add them back.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from algos.flops import DENOISER, Flops
 
 COUNTS = ("videos_sampled", "reward_queries", "reward_backward_queries", "denoiser_forwards", "denoiser_backwards")
 """Counters of the environment, cumulative over training only: what evaluation adds is left out."""
@@ -43,6 +48,7 @@ _TIMES = (
     "decode_s",
     "reward_s",
     "update_s",
+    "train_s",
     "eval_s",
     "checkpoint_s",
     "setup_s",
@@ -51,7 +57,8 @@ _TIMES = (
     "cpu_s",
 )
 _MEMORY = ("peak_allocated_gib", "peak_reserved_gib", "peak_rss_gib")
-RESERVED = frozenset(("update", "nan_values", *COUNTS, *_TIMES, *_MEMORY))
+_FLOPS = ("flops", "denoiser_flops")
+RESERVED = frozenset(("update", "nan_values", *COUNTS, *_FLOPS, *_TIMES, *_MEMORY))
 _GIB = 2**30
 
 
@@ -78,9 +85,9 @@ class Meter:
     Use `with meter.phase("train"): algorithm.update()` around every update, `"eval"`, `"setup"` and `"checkpoint"`
     around the rest. Counter changes outside `"train"` do not count: an evaluation on the same networks costs nothing.
 
-    Seconds of the train phase are split by the environment's own clocks: `decode_s` and `reward_s` from its counters;
-    `rollout_s` too where it keeps one (it must not contain the other two), otherwise `rollout_s` is null and its time
-    is part of `update_s`. Their sum times `num_devices` is always `device_s`.
+    Wall seconds of the train phase are `train_s`, split by the environment's own clocks: `decode_s` and `reward_s`
+    from its counters; `rollout_s` too where it keeps one (it must not contain the other two), otherwise `rollout_s` is
+    null and its time is part of `update_s`. Their sum is always `train_s`.
     """
 
     counters: Any
@@ -88,7 +95,9 @@ class Meter:
     device: torch.device | str = "cpu"
     """The device that is synchronised at the edges of a phase."""
     num_devices: int = 1
-    """Devices held during training, those that only serve rewards included."""
+    """Devices held during training, those that only serve rewards included; on a CPU it changes nothing."""
+    flops: Flops | None = None
+    """Costs of one call each; without them the columns `flops` and `denoiser_flops` are null."""
     clock: Callable[[], float] = time.perf_counter
     """Seconds; replaced in tests."""
     nan_values: int = 0
@@ -108,7 +117,9 @@ class Meter:
 
     @property
     def device_s(self) -> float:
-        """Device-seconds of training so far: what budgets are counted in."""
+        """Device-seconds of training so far, what budgets are counted in: see the module for those of a CPU."""
+        if torch.device(self.device).type == "cpu":
+            return self.cpu_s
         return self.seconds["train"] * self.num_devices
 
     @property
@@ -141,6 +152,27 @@ class Meter:
                 for key, value in _snapshot(self.counters).items():
                     self.totals[key] += value - before[key]
 
+    def measure_flops(self) -> str:
+        """Measures, in the setup phase, what calls that were made in training cost and is not known yet.
+
+        Returns:
+            Why something of it could not be measured; empty where all could, or nothing was to be measured.
+        """
+        if self.flops is None or not (missing := self.flops.missing(self.totals)):
+            return ""
+        with self.phase("setup"):
+            self.flops.measure(missing)
+        return self.flops.note()
+
+    def operations(self) -> dict[str, int | None]:
+        """Floating-point operations of training so far, `flops`, and the denoiser's part, `denoiser_flops`.
+
+        Null where the cost of a call is unknown.
+        """
+        if self.flops is None:
+            return dict.fromkeys(_FLOPS)
+        return dict(zip(_FLOPS, (self.flops.of(self.totals), self.flops.of(self.totals, DENOISER)), strict=True))
+
     def row(self, update: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """One row of `train.jsonl`: cumulative costs, peak memory since the last row, and the metrics of an update.
 
@@ -161,6 +193,7 @@ class Meter:
         return {
             "update": update,
             **{name: int(self.totals[name]) for name in COUNTS},
+            **self.operations(),
             **self._times(),
             **self._memory(),
             "nan_values": self.nan_values,
@@ -176,6 +209,7 @@ class Meter:
             "nan_values": self.nan_values,
             "cpu_s": self.cpu_s,
             "wall_s": self.wall_s,
+            "flops": None if self.flops is None else self.flops.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -184,17 +218,19 @@ class Meter:
         self.totals = dict(state["totals"])
         self.nan_values = int(state["nan_values"])
         self.cpu_s = float(state["cpu_s"])
+        if self.flops is not None and state["flops"] is not None:
+            self.flops.load_state_dict(state["flops"])
         self._wall_before = float(state["wall_s"])
         self._started = self.clock()
 
     def _times(self) -> dict[str, float | None]:
-        rollout = self.totals.get("rollout_s")
-        named = self.totals["decode_s"] + self.totals["reward_s"] + (rollout or 0.0)
-        times = {
-            "rollout_s": rollout,
-            "decode_s": self.totals["decode_s"],
-            "reward_s": self.totals["reward_s"],
-            "update_s": self.seconds["train"] - named,
+        parts = {name: self.totals.get(name) for name in ("rollout_s", "decode_s", "reward_s")}
+        rounded = {name: None if value is None else round(value, 4) for name, value in parts.items()}
+        # Of the rounded ones, so that the columns of a row add up.
+        train = round(self.seconds["train"], 4)
+        rest = {
+            "update_s": train - sum(value for value in rounded.values() if value is not None),
+            "train_s": train,
             "eval_s": self.seconds["eval"],
             "checkpoint_s": self.seconds["checkpoint"],
             "setup_s": self.seconds["setup"],
@@ -202,7 +238,7 @@ class Meter:
             "device_s": self.device_s,
             "cpu_s": self.cpu_s,
         }
-        return {name: None if value is None else round(value, 4) for name, value in times.items()}
+        return {**rounded, **{name: round(value, 4) for name, value in rest.items()}}
 
     def _memory(self) -> dict[str, float | None]:
         # ru_maxrss is in KiB on Linux and in bytes on macOS.

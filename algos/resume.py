@@ -91,6 +91,8 @@ def go_on(loop: Loop, old: dict[str, Any], about: Mapping[str, Any]) -> None:
 def result_of(folder: Path) -> dict[str, Any]:
     """The fields of `algos.run.RunResult` for a run that is done, from its files."""
     done, evals = read_json(folder / "DONE"), read_rows(folder / "eval.jsonl")
+    main = read_json(folder / "run.json")["task"].get("eval_split")
+    evals = [row for row in evals if main in (None, row["split"])]
     last = max((row["update"] for row in evals), default=0)
     scores = {}
     for name in (PROXY, GOLD):

@@ -23,14 +23,15 @@ What an algorithm keeps outside of its `state_dict()`, files for instance, is it
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from algos.checkpoint_store import CheckpointStore
-from algos.evaluate import Evaluator
+from algos.evaluate import Evaluator, splits_info
+from algos.flops import Flops
 from algos.loop import Loop, OutOfMemoryError, Schedule, seconds
 from algos.meter import Meter
 from algos.progress import Progress, Stop
@@ -83,7 +84,7 @@ def run(
     out: str | Path,
     budget: str | float | None = None,
     updates: int | None = None,
-    evaluate: Evaluator | None = None,
+    evaluate: Evaluator | Sequence[Evaluator] | None = None,
     eval_every: str | int | None = None,
     checkpoint_every: int | None = None,
     keep_checkpoints: int = 2,
@@ -106,10 +107,13 @@ def run(
     Args:
         algorithm: see `Algorithm`; `env`, `policy` and `config` are read from its attributes of these names.
         out: the run's folder, see `run_folder`.
-        budget: device-seconds of rollout + reward + update: "90s", "2min", "1h". The update that crosses it is the
-            last.
+        budget: device-seconds of rollout + decoding + reward + update: "90s", "2min", "1h". The update that crosses
+            it is the last. On a CPU they are CPU-seconds of this process, over all its threads: with two busy threads
+            "60s" are over in half a minute (`algos.meter`).
         updates: number of updates; with a budget too, whichever comes first.
-        evaluate: evaluates before the first update, on the schedule and at the end; its time is kept apart.
+        evaluate: evaluates before the first update, on the schedule and at the end; its time is kept apart. Of
+            several, one a split, the first is the main one: it alone decides which checkpoint is best, and its videos
+            are kept.
         eval_every: an int counts updates, a duration such as "30s" device-seconds. Default: an eighth of the budget.
         checkpoint_every: updates between checkpoints; 0: at the end only. Default: before each evaluation that follows
             an update, with or without an evaluator. There is always one at the end and, unless this is 0, one of the
@@ -157,15 +161,16 @@ def run(
     if fresh and resume:
         raise ValueError("fresh=True removes the run that resume would continue: give one of the two")
     env, policy = _part(algorithm, "env", env), _part(algorithm, "policy", policy)
+    evaluators = list(evaluate) if isinstance(evaluate, Sequence) else [] if evaluate is None else [evaluate]
     limit = None if budget is None else seconds(budget)
     schedule = Schedule(eval_every, limit, updates)
     folder = Path(out)
-    meter = Meter(counters=env.mdp.counters, device=env.device)
+    meter = Meter(counters=env.mdp.counters, device=env.device, flops=Flops(env=env, policy=policy))
     about = {
         "schema_version": SCHEMA_VERSION,
         "algo": algo or type(algorithm).__name__.lower(),
         "config": plain(getattr(algorithm, "config", {})),
-        "task": {**plain(task or {}), **(evaluate.info() if evaluate else {})},
+        "task": {**plain(task or {}), **splits_info(evaluators)},
         "seed": seed,
         "env": {name: plain(getattr(env, name, None)) for name in ("num_envs", "num_steps", "group_size")},
         "budget_device_s": limit,
@@ -190,7 +195,7 @@ def run(
         loop = Loop(
             algorithm=algorithm,
             policy=policy,
-            evaluator=evaluate,
+            evaluators=evaluators,
             env=env,
             meter=meter,
             folder=folder,

@@ -153,6 +153,9 @@ def stratified_bootstrap(
 ) -> Interval:
     """Percentile bootstrap of a statistic of pooled tasks, resampling the runs of each task on their own.
 
+    It covers less than its level with few runs. Measured for the interquartile mean of normal data at a nominal 95 %,
+    three tasks: .85 with 3 runs each, .90 with 5, .93 with 10. With one task use `t_interval`.
+
     Args:
         scores: one [runs] array per task, normalised so that tasks can be pooled (base model 0, best known 1).
         statistic: of the pooled values, along the last axis.
@@ -171,3 +174,34 @@ def stratified_bootstrap(
     draws = statistic(np.concatenate(picked, axis=1))
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(statistic(np.concatenate(tasks))), float(low), float(high), sum(map(len, tasks)))
+
+
+def probability_of_improvement(
+    a: Sequence[ArrayLike], b: Sequence[ArrayLike], *, level: float = 0.95, resamples: int = 1000, seed: int = 0
+) -> Interval:
+    """P(a run of a is above a run of b), in the mean over tasks, with a stratified percentile bootstrap.
+
+    Mann and Whitney's U over its maximum; a tie counts one half. Source: Agarwal et al. 2021 (arXiv:2108.13264).
+
+    Args:
+        a: one [runs] array per task.
+        b: the same tasks of the other algorithm; the numbers of runs may differ.
+        level: coverage in (0, 1).
+        resamples: number of resamples.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: fewer than two tasks, tasks that do not match, or a task without runs.
+    """
+    pairs = [(np.asarray(x, float).ravel(), np.asarray(y, float).ravel()) for x, y in zip(a, b, strict=True)]
+    if len(pairs) < 2 or any(not len(x) or not len(y) for x, y in pairs):
+        raise ValueError("the probability of improvement needs two tasks or more, and at least one run in each")
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for x, y in pairs:
+        above = (x[:, None] > y) + 0.5 * (x[:, None] == y)
+        rows, columns = (rng.integers(0, len(part), (resamples, len(part))) for part in (x, y))
+        drawn.append(above[rows[:, :, None], columns[:, None, :]].mean((1, 2)))
+    centre = float(np.mean([np.mean((x[:, None] > y) + 0.5 * (x[:, None] == y)) for x, y in pairs]))
+    low, high = np.quantile(np.mean(drawn, 0), [(1 - level) / 2, (1 + level) / 2])
+    return Interval(centre, float(low), float(high), sum(len(x) for x, _ in pairs))

@@ -20,8 +20,13 @@ def reward_name(run: Run) -> str:
     return str(run.task.get("reward_train", "the training reward"))
 
 
-def setup(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """Set-up of the measurement, (name, value)."""
+def setup(runs: Sequence[Run], plan: Mapping[str, Any] | None = None) -> list[tuple[str, str]]:
+    """Set-up of the measurement, (name, value).
+
+    Args:
+        runs: of one environment.
+        plan: the fields of the benchmark they belong to, if they belong to one.
+    """
     run = runs[0]
     about, task = run.about, run.task
     versions = [f"Python {about['python']}", f"torch {about['torch']}"]
@@ -31,16 +36,32 @@ def setup(runs: Sequence[Run]) -> list[tuple[str, str]]:
         ("Reward trained on", reward_name(run)),
         ("Device", f"{about.get('gpu_name') or about.get('cpu_name') or 'CPU'}, {about['cpu_threads']} CPU threads"),
         ("Budget per run", _budget(about)),
-        ("What the budget counts", "seconds of rollout, decoding, reward and update; evaluation and set-up are apart"),
-        ("Evaluation", _pairs(task)),
+        ("What the budget counts", _counted(run)),
+        ("Evaluation", _pairs(run)),
+        ("Held-out rewards", ", ".join(task.get("heldout") or ()) or "none"),
+        ("Tuning", str((plan or {}).get("tuning") or task.get("tuning") or "not recorded")),
         ("Numbers", about["dtype"]),
         ("Software", ", ".join(versions)),
-        ("Commit", f"{about['git_commit'] or 'not recorded'}{' with local changes' if about['git_dirty'] else ''}"),
+        ("Commits", "; ".join(dict.fromkeys(_commit(run) for run in runs))),
     ]  # fmt: skip
     for algo, group in by_algorithm(runs).items():
-        config = ", ".join(f"{name} {value}" for name, value in group[0].about["config"].items())
+        config = ", ".join(f"{name} {value}" for name, value in (group[0].about.get("config") or {}).items())
         rows.append((f"Config of {algo}", config or "-"))
     return rows
+
+
+def _commit(run: Run) -> str:
+    return f"{run.about['git_commit'] or 'not recorded'}{' with local changes' if run.about['git_dirty'] else ''}"
+
+
+def _counted(run: Run) -> str:
+    if run.about.get("gpu_name"):
+        return (
+            "seconds of rollout, decoding, reward and update times the graphics cards held, those included that only "
+            "serve rewards; evaluation, set-up and checkpoints are apart"
+        )
+    kind = "CPU-seconds" if any("train_s" in row for row in run.train[-1:]) else "seconds"
+    return f"{kind} of rollout, decoding, reward and update; evaluation, set-up and checkpoints are apart"
 
 
 def _budget(about: dict[str, object]) -> str:
@@ -51,20 +72,30 @@ def _budget(about: dict[str, object]) -> str:
     return " or ".join(part for part in parts if part)
 
 
-def limits(runs: Sequence[Run], summaries: Sequence[Summary]) -> list[str]:
+def limits(runs: Sequence[Run], summaries: Sequence[Summary], plan: Mapping[str, Any] | None = None) -> list[str]:
     """What these runs do not show."""
-    found = list(runs[0].task.get("limits", []))
+    found = list(dict.fromkeys([*((plan or {}).get("limits") or ()), *runs[0].task.get("limits", [])]))
+    few: dict[str, list[str]] = {}
     for summary in summaries:
         change = summary.changes.get(PROXY)
         if change is not None and change.unit != "runs":
-            found.append(
-                f"{summary.algo}: {len(summary.runs)} seed(s), so {explain_unit(change.unit, change.difference)}."
-            )
+            seeds = f"{len(summary.runs)} seed(s), so {explain_unit(change.unit, change.difference)}."
+            few.setdefault(seeds, []).append(summary.algo)
+    found += [f"{', '.join(names)}: {text}" for text, names in few.items()]
     for run in runs:
         if run.status != "DONE":
+            stays = (
+                "it stays in at its last value."
+                if run.status == "FAILED"
+                else "algorithms are compared at the cost that all of them reached."
+            )
             found.append(
-                f"{run.algo}, seed {run.seed} is {run.status.lower()} ({run.reason or 'it did not say why'}); "
-                "algorithms are compared at the cost that all of them reached."
+                f"{run.algo}, seed {run.seed} is {run.status.lower()} ({run.reason or 'it did not say why'}); {stays}"
+            )
+        if run.diverged():
+            found.append(
+                f"{run.algo}, seed {run.seed} diverged: its last evaluation found no finite reward, and it stays in at "
+                "its last finite value."
             )
         if run.missing():
             found.append(
@@ -73,6 +104,9 @@ def limits(runs: Sequence[Run], summaries: Sequence[Summary]) -> list[str]:
     return found
 
 
-def _pairs(task: Mapping[str, Any]) -> str:
+def _pairs(run: Run) -> str:
+    task: Mapping[str, Any] = run.task
     prompts, seeds = (len(task.get(name, [])) for name in ("eval_prompt_ids", "eval_noise_seeds"))
-    return f"{prompts} prompts x {seeds} noise seeds, the same for every algorithm and at every evaluation"
+    further = [name for name in task.get("eval_splits", ()) if name != run.split]
+    text = f"{prompts} {run.split} prompts x {seeds} noise seeds, the same for every algorithm and at every evaluation"
+    return text + (f"; {', '.join(further)} prompts beside them" if further else "")

@@ -24,9 +24,11 @@ from pathlib import Path
 from typing import Literal
 
 from benchmarks.arguments import one_line, parse
+from benchmarks.plan import run_folder
 from benchmarks.report import write_report
+from benchmarks.settings import overrides
 from benchmarks.tables import write_tables
-from benchmarks.training import ENV_ID, Setup, SetupError, overrides, train
+from benchmarks.training import ENV_ID, Setup, SetupError, train
 
 COMMAND = "python -m benchmarks.curves"
 QUESTION = "Does each algorithm raise the reward on prompts it never trained on, and does the gold score follow?"
@@ -38,7 +40,7 @@ class CurvesConfig:
     """Train one algorithm with several seeds and write its curves."""
 
     algo: str
-    """which algorithm of the zoo, such as vader or online_vpo"""
+    """which algorithm, such as vader or online_vpo, or package.module:Class for a class of your own"""
     env_id: str = ENV_ID
     """environment, such as MovingShapes-HPS"""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -90,9 +92,9 @@ def _check(config: CurvesConfig) -> None:
             repeated or negative.
     """
     from algos.run import seconds
-    from algos.zoo import entry
+    from algos.zoo import recipe
 
-    entry(config.algo)
+    recipe(config.algo)
     overrides(config.set, 0)
     if config.budget is None and config.updates is None:
         raise ValueError("a run needs an end: give --budget 60s (device-seconds), --updates 40, or both")
@@ -133,7 +135,7 @@ def curves(config: CurvesConfig) -> int:
     )
     try:
         for seed in config.seeds:
-            folder = out / config.algo / config.env_id / f"seed_{seed}"
+            folder = run_folder(out, config.algo.rpartition(":")[2], config.env_id, seed)
             if (folder / "DONE").exists():
                 continue
             if (folder / "run.json").exists():

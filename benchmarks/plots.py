@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import re
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
 
 from benchmarks.aggregate import locf, t_band
+from benchmarks.palette import Look, look
 
-# Okabe and Ito's palette, which colour-blind people can tell apart. One algorithm has one colour in every figure.
-COLOURS = {"vader": "#0072B2", "ddpo": "#D55E00", "grpo": "#009E73", "dpo": "#CC79A7", "online_vpo": "#56B4E9"}
-_OTHERS = ("#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F3C8D", "#A5AA99")
 WIDE, NARROW = (7.2, 3.9), (3.7, 3.4)
 """Figure sizes in inches: a page, and a telephone (the same font size, so that it stays readable)."""
-_GAP = ((0, 0), (1, 1), (1, 1), (0, 0))  # a white pixel around every frame
 _STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -34,18 +33,30 @@ _STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
 }
+_LABEL_PT = 8.5  # size of the names at the ends of lines
+_CHARACTER_IN = 0.078  # about the width of one of their characters
+_LINE_IN = 0.15  # and their height
 
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """One algorithm's runs: each a pair of arrays (x [N], y [N])."""
+    """One algorithm's runs: each a pair of arrays (x [N], y [N]).
+
+    `failed`: which of the runs broke off, marked by a cross at their last value. `look`: None for the name's own.
+    """
 
     algo: str
     runs: Sequence[tuple[np.ndarray, np.ndarray]]
+    failed: Sequence[bool] = ()
+    look: Look | None = None
+
+    @property
+    def style(self) -> Look:
+        return self.look or look(self.algo)
 
 
-def _new(
-    size: tuple[float, float], *, left: float = 0.7, right: float = 0.75, top: float = 0.12
+def new_figure(
+    size: tuple[float, float], *, left: float = 0.7, right: float = 0.15, top: float = 0.12, bottom: float = 0.55
 ) -> tuple[Figure, Axes]:
     """A figure on the Agg canvas, outside of pyplot, which would keep it open and choose a window system.
 
@@ -54,25 +65,40 @@ def _new(
     figure = Figure(figsize=size)
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    figure.subplots_adjust(left=left / size[0], right=1 - right / size[0], bottom=0.55 / size[1], top=1 - top / size[1])
+    figure.subplots_adjust(
+        left=left / size[0], right=1 - right / size[0], bottom=bottom / size[1], top=1 - top / size[1]
+    )
     return figure, axis
 
 
 def colour(algo: str) -> str:
     """The algorithm's fixed colour; an algorithm of your own gets one by its name, the same in every figure."""
-    if algo in COLOURS:
-        return COLOURS[algo]
-    return _OTHERS[hashlib.sha256(algo.encode()).digest()[0] % len(_OTHERS)]
+    return look(algo).colour
 
 
-def centre_and_band(line: Line, points: int = 200) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Grid, mean, low and high over a line's runs, up to the end of the shortest run."""
+def centre_and_band(line: Line) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Grid, mean, low and high over a line's runs, up to the end of the shortest run.
+
+    The grid is every evaluation of every run: between two of them nothing changes, as the last one is carried forward.
+    """
     last = min(x[-1] for x, _ in line.runs)
     first = max(x[0] for x, _ in line.runs)
-    # Every run's own evaluations are in the grid: a mean drawn on a coarse grid would show steps late.
-    own = np.concatenate([x for x, _ in line.runs])
-    grid = np.unique(np.append(np.linspace(first, last, points), own[(own >= first) & (own <= last)]))
+    own = np.unique(np.concatenate([x for x, _ in line.runs]))
+    # Runs that do not overlap have no common cost: then there is no mean to draw.
+    grid = own[(own >= first) & (own <= last)]
     return grid, *t_band([locf(x, y, grid) for x, y in line.runs])
+
+
+def wrapped(name: str, size: tuple[float, float]) -> str:
+    """A name in lines short enough for a figure of this width."""
+    return "\n".join(textwrap.wrap(name, 14 if size[0] < WIDE[0] else 26)) or name
+
+
+def _with_room(lines: Sequence[Line], size: tuple[float, float]) -> tuple[tuple[float, float], float]:
+    """The size with enough height for all names under each other, and the right margin that the longest needs."""
+    names = [part for line in lines for part in wrapped(line.algo, size).split("\n")]
+    height = max(size[1], _LINE_IN * len(names) + 0.8)
+    return (size[0], height), 0.25 + _CHARACTER_IN * max(map(len, names), default=0)
 
 
 def curves(
@@ -86,117 +112,168 @@ def curves(
 ) -> Figure:
     """Reward against a cost: every run thin, the mean thick, a t-band from three runs on, the untrained model dashed.
 
-    One run alone is drawn through its evaluations, marked by dots: nothing is measured between them.
+    Dots are evaluations. Between two of them the line stays where it is: nothing is measured there.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure, axis = _new(size)
+    with style():
+        size, right = _with_room(lines, size)
+        figure, axis = new_figure(size, right=right)
         ends = []
         for line in lines:
-            own = colour(line.algo)
+            own, dash = line.style.colour, line.style.dash
             many = len(line.runs) > 1
             for x, y in line.runs:
-                axis.plot(
-                    x, y, color=own, lw=0.8 if many else 1.8, alpha=0.5 if many else 1, marker="o", ms=2 if many else 4
-                )
+                thin: dict[str, Any] = {"lw": 0.7, "alpha": 0.4, "ms": 2} if many else {"lw": 1.8, "alpha": 1, "ms": 4}
+                axis.plot(x, y, color=own, ls="-" if many else dash, marker="o", drawstyle="steps-post", **thin)
+            for x, y in _broken_off(line):
+                axis.plot(x[-1:], y[-1:], color=own, marker="x", ms=7, mew=1.8, ls="")
+            grid, centre, low, high = centre_and_band(line) if many else (*line.runs[0], np.array(()), np.array(()))
             if many:
-                grid, centre, low, high = centre_and_band(line)
-                axis.plot(grid, centre, color=own, lw=2.2, drawstyle="steps-post")
+                axis.plot(grid, centre, color=own, lw=2, ls=dash, drawstyle="steps-post")
                 if np.isfinite(low).any():
-                    axis.fill_between(grid, low, high, color=own, alpha=0.18, lw=0, step="post")
-                ends.append((line.algo, grid[-1], centre[-1]))
-            else:
-                x, y = line.runs[0]
-                ends.append((line.algo, x[-1], y[-1]))
+                    axis.fill_between(grid, low, high, color=own, alpha=0.12, lw=0, step="post")
+            ends += _last_finite(line, grid, centre)
         if base is not None:
             axis.axhline(base, color="0.35", ls="--", lw=1)
             rises = sum(y - base for _, _, y in ends) >= 0
             axis.annotate(
                 "untrained model", (1, base), xycoords=("axes fraction", "data"), xytext=(-2, -3 if rises else 3),
-                textcoords="offset points", color="0.35", fontsize=9, ha="right", va="top" if rises else "bottom",
+                textcoords="offset points", color="0.35", fontsize=8.5, ha="right", va="top" if rises else "bottom",
+                bbox={"fc": "white", "ec": "none", "alpha": 0.7, "pad": 0.5},
             )  # fmt: skip
         axis.margins(x=0.02, y=0.12)
         if log_x:
-            # Evaluations before training cost nothing: a plain log axis would lose them.
-            positive = [value for line in lines for x, _ in line.runs for value in x if value > 0]
-            axis.set_xscale("symlog", linthresh=min(positive, default=1.0))
-            axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")  # plain numbers: 10^2 is drawn very slowly
-            axis.set_xlim(left=0)
+            _log_x(axis, lines, size)
+        else:
+            axis.locator_params(axis="x", nbins=7 if size[0] >= WIDE[0] else 3)
         axis.set(xlabel=x_label, ylabel=y_label)
-        _label_ends(axis, ends)
+        _label_ends(axis, ends, size)
     return figure
 
 
-def plane(lines: Sequence[Line], *, x_label: str, y_label: str, size: tuple[float, float] = WIDE) -> Figure:
-    """One reward against another in the course of training; an open circle marks the start, a filled one the end."""
-    with matplotlib.rc_context(_STYLE):
-        figure, axis = _new(size)
+def plane(
+    lines: Sequence[Line], *, x_label: str, y_label: str, log_x: bool = False, size: tuple[float, float] = WIDE
+) -> Figure:
+    """One measurement against another in the course of training; an open circle marks the start, a filled one the end.
+
+    Of several runs each end is a small dot, and the way of their mean is drawn: run by run, evaluation by evaluation,
+    so runs must have been evaluated equally often to have a mean.
+    """
+    with style():
+        size, right = _with_room(lines, size)
+        figure, axis = new_figure(size, right=right)
         ends = []
         for line in lines:
-            own = colour(line.algo)
-            for x, y in line.runs:
-                axis.plot(x, y, color=own, lw=1.4, marker=".", ms=5)
-                axis.plot(x[:1], y[:1], color=own, marker="o", ms=8, mfc="white", ls="")
-                axis.plot(x[-1:], y[-1:], color=own, marker="o", ms=8, ls="")
-            x, y = line.runs[0]
-            ends.append((line.algo, x[-1], y[-1]))
+            own = line.style.colour
+            several = len(line.runs) > 1 and len({len(x) for x, _ in line.runs}) == 1
+            ways = [(np.mean(parts, 0)) for parts in zip(*line.runs, strict=True)] if several else []
+            for x, y in line.runs if not several else [(ways[0], ways[1])]:
+                axis.plot(x, y, color=own, lw=1.4, ls=line.style.dash, marker=".", ms=4)
+                axis.plot(x[:1], y[:1], color=own, marker="o", ms=7, mfc="white", ls="")
+                axis.plot(x[-1:], y[-1:], color=own, marker="o", ms=7, ls="")
+            for x, y in line.runs if several else ():
+                axis.plot(x[-1:], y[-1:], color=own, marker="o", ms=3, alpha=0.6, ls="")
+            x, y = (ways[0], ways[1]) if several else line.runs[0]
+            ends += _last_finite(line, x, y)
+        axis.margins(x=0.05, y=0.08)
+        if log_x:
+            _log_x(axis, lines, size)
+        else:
+            axis.locator_params(axis="x", nbins=7 if size[0] >= WIDE[0] else 4)
         axis.set(xlabel=x_label, ylabel=y_label)
-        _label_ends(axis, ends)
+        _label_ends(axis, ends, size)
     return figure
 
 
-def phases(costs: Mapping[str, Mapping[str, float]], *, size: tuple[float, float] = WIDE) -> Figure:
-    """Seconds per update by phase, {algorithm: {phase: seconds}}, as stacked horizontal bars."""
-    shades = ("#4C4C4C", "#7A7A7A", "#A8A8A8", "#D0D0D0")
-    with matplotlib.rc_context(_STYLE):
-        longest = max(map(len, costs), default=1)
-        figure, axis = _new((size[0], 1.2 + 0.45 * len(costs)), left=0.3 + 0.08 * longest, right=0.15, top=0.4)
-        names = sorted({phase for parts in costs.values() for phase in parts})
-        left = np.zeros(len(costs))
-        for index, phase in enumerate(names):
-            widths = np.array([parts.get(phase, 0.0) for parts in costs.values()])
-            axis.barh(list(costs), widths, left=left, color=shades[index % len(shades)], label=phase, height=0.6)
-            left += widths
-        axis.grid(axis="y", visible=False)
-        axis.invert_yaxis()
-        axis.set_xlabel("seconds per update")
-        axis.legend(ncols=len(names), frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0)
-    return figure
+def _log_x(axis: Axes, lines: Sequence[Line], size: tuple[float, float]) -> None:
+    """A logarithmic x axis with a 0 at its left: what nothing was spent on yet is there, a plain one would lose it."""
+    positive = [float(value) for line in lines for x, _ in line.runs for value in x if value > 0]
+    low, high = min(positive, default=1.0), max(positive, default=1.0)
+    axis.set_xscale("symlog", linthresh=low)
+    axis.set_xlim(0, high * 1.2)
+    # A few decades with names, none of them so near the 0 that the two would overlap.
+    decades = [exponent for exponent in range(-12, 19) if low * 2 <= 10.0**exponent <= high * 1.1]
+    step = -(-len(decades) // (6 if size[0] >= WIDE[0] else 3)) or 1
+    ticks = [0.0, *(10.0**exponent for exponent in decades[::-1][::step][::-1])]
+    if not decades:
+        ticks = [0.0, high]
+    axis.xaxis.set_major_locator(FixedLocator(ticks))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(lambda value, _: _short(value))  # plain numbers: 10^2 is drawn very slowly
 
 
-def strip(rows: Sequence[tuple[str, np.ndarray]], *, frames: int = 8) -> Figure:
-    """Frames of videos, one labelled row for each: (label, uint8 [F, H, W, 3], all of one size)."""
-    pictures = []
-    for _, video in rows:
-        chosen = video[np.linspace(0, len(video) - 1, min(frames, len(video))).round().astype(int)]
-        pictures.append(np.concatenate(list(np.pad(chosen, _GAP, constant_values=255)), 1))
-    height, width = pictures[0].shape[:2]
-    with matplotlib.rc_context(_STYLE):
-        longest = max((len(part) for label, _ in rows for part in label.split("\n")), default=1)
-        left = 0.2 + 0.065 * longest
-        figure, axis = _new((7.2, (7.1 - left) * height * len(rows) / width + 0.67), left=left, right=0.1)
-        axis.imshow(np.concatenate(pictures), interpolation="nearest", aspect="equal")
-        axis.set_yticks(height * (np.arange(len(rows)) + 0.5) - 0.5, [label for label, _ in rows], fontsize=8)
-        axis.set_xticks([])
-        axis.tick_params(length=0)
-        axis.grid(visible=False)
-        axis.spines[:].set_visible(False)
-    return figure
+def _short(value: float) -> str:
+    """1000 as 1,000, 1000000 as 1e6, 0.05 as it is."""
+    if value >= 1e5:
+        return f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def _label_ends(axis: Axes, ends: Sequence[tuple[str, float, float]]) -> None:
-    """Writes each algorithm's name at the end of its line, moved apart where two would overlap."""
-    figure = axis.figure
+def _broken_off(line: Line) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [run for run, failed in zip(line.runs, line.failed, strict=True) if failed] if line.failed else []
+
+
+def _last_finite(line: Line, x: np.ndarray, y: np.ndarray) -> list[tuple[Line, float, float]]:
+    """Where the line's name belongs: at its last finite point, else at the end of its first run."""
+    for xs, ys in ((x, y), *line.runs):
+        known = np.flatnonzero(np.isfinite(ys))
+        if len(known):
+            return [(line, float(xs[known[-1]]), float(ys[known[-1]]))]
+    return []
+
+
+def spread(wanted: Sequence[float], heights: Sequence[float], low: float, high: float) -> list[float]:
+    """Centres of boxes that do not overlap, in the given order from below, each as near to where it belongs as can be.
+
+    Args:
+        wanted: where each box's centre belongs, not decreasing.
+        heights: of the boxes; their sum must fit between `low` and `high`.
+        low: lower end of the room.
+        high: upper end of the room.
+    """
+    groups: list[tuple[list[int], float]] = []  # boxes that touch, and the bottom of the lowest
+    for index in range(len(wanted)):
+        members, bottom = [index], wanted[index] - heights[index] / 2
+        while True:
+            size = sum(heights[i] for i in members)
+            bottom = min(max(bottom, low), high - size)
+            if not groups or groups[-1][1] + sum(heights[i] for i in groups[-1][0]) <= bottom + 1e-9:
+                break
+            members = groups.pop()[0] + members
+            offsets = np.cumsum([0.0, *(heights[i] for i in members[:-1])])
+            bottom = float(np.mean([wanted[i] - heights[i] / 2 - o for i, o in zip(members, offsets, strict=True)]))
+        groups.append((members, bottom))
+    placed = []
+    for members, bottom in groups:
+        for index in members:
+            placed.append(bottom + heights[index] / 2)
+            bottom += heights[index]
+    return placed
+
+
+def _label_ends(axis: Axes, ends: Sequence[tuple[Line, float, float]], size: tuple[float, float]) -> None:
+    """Writes each algorithm's name beside the axes, with a thin line to the end of its curve; no two overlap."""
     axis.get_xlim(), axis.get_ylim()  # settles the limits, which text is placed by
-    known = [(algo, x, y) for algo, x, y in ends if np.isfinite(y)]
-    known.sort(key=lambda end: axis.transData.transform((end[1], end[2]))[1])
-    lowest = -np.inf
-    spacing = 13 * figure.dpi / 72  # a line of text, in pixels
-    for algo, x, y in known:
-        at = axis.transData.transform((x, y))[1]
-        wanted = max(at, lowest + spacing)
-        lowest = wanted
-        axis.annotate(algo, (x, y), xytext=(9, (wanted - at) * 72 / figure.dpi), textcoords="offset points",
-                      color=colour(algo), fontweight="bold", va="center", annotation_clip=False)  # fmt: skip
+    box = axis.get_window_extent()
+    dpi = axis.figure.dpi
+    known = sorted(ends, key=lambda end: axis.transData.transform((end[1], end[2]))[1])
+    texts = [wrapped(line.algo, size) for line, _, _ in known]
+    heights = [(text.count("\n") + 1) * _LINE_IN * dpi for text in texts]
+    wanted = [float(axis.transData.transform((x, y))[1] - box.y0) for _, x, y in known]
+    for (line, x, y), text, place in zip(
+        known, texts, spread(wanted, heights, -0.35 * dpi, box.height + 0.1 * dpi), strict=True
+    ):
+        axis.annotate(
+            text, (x, y), xytext=(1 + 0.14 * dpi / box.width, place / box.height), textcoords="axes fraction",
+            color=line.style.colour, fontsize=_LABEL_PT, fontweight="bold", va="center", annotation_clip=False,
+            linespacing=1.0,
+            arrowprops={"arrowstyle": "-", "color": line.style.colour, "lw": 0.6, "alpha": 0.6,
+                        "shrinkA": 0, "shrinkB": 2, "relpos": (0, 0.5)},
+        )  # fmt: skip
+
+
+def style() -> Any:
+    """The fonts and axes of all figures, as a context."""
+    return matplotlib.rc_context(_STYLE)
 
 
 def svg_text(figure: Figure, name: str) -> str:
@@ -208,13 +285,14 @@ def svg_text(figure: Figure, name: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = text[text.index("<svg") :]
     # The ids of matplotlib's groups ("figure_1", "axes_1") are in every figure of a page; nothing uses them.
-    return re.sub(r'<g id="[^"]*">', "<g>", text)
+    used = set(re.findall(r'(?:href="|url\()#([^")]+)', text))
+    return re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", text)
 
 
 def save_png(figure: Figure, path: Path) -> None:
     """Writes the figure as a PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(_STYLE):
+    with style():
         figure.savefig(path, dpi=150)
 
 

@@ -1,18 +1,21 @@
-"""What a set of runs says, in numbers and in one sentence. Needs numpy and scipy only."""
+"""What a set of runs says, in numbers: changes, levels and paired differences at equal cost. Needs numpy and scipy."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 
-from benchmarks.aggregate import Interval, paired_difference, t_interval
-from benchmarks.records import GOLD, PROXY, Run, by_algorithm
+from benchmarks.aggregate import Interval, area_under_curve, paired_difference, t_interval
+from benchmarks.records import PROXY, Run, by_algorithm
 
 _SLACK = 1.1  # runs of one budget end a part of an update apart; up to this factor their costs count as equal
 _FEW = 3  # below this many runs an interval over runs says nothing
+_NAN = float("nan")
+AXES = {"device_s": "device-seconds", "reward_queries": "reward queries"}
+"""The costs at which algorithms are compared, and their units."""
 
 
 @dataclass(frozen=True)
@@ -45,21 +48,44 @@ class Summary:
 
     @property
     def status(self) -> str:
-        return ", ".join(sorted({run.status.lower() for run in self.runs}))
+        diverged = ["diverged" for run in self.runs if run.diverged()]
+        return ", ".join(sorted({run.status.lower() for run in self.runs} | set(diverged)))
+
+    @property
+    def measured(self) -> bool:
+        """Whether any of its runs was evaluated after training, up to the cost compared."""
+        return max(self.at) > 0
 
 
-def common_cost(runs: Sequence[Run]) -> float:
-    """The cost in device-seconds up to which every run was evaluated; a run never evaluated after training is left out.
+def common_cost(runs: Sequence[Run], x: str = "device_s") -> float:
+    """The cost up to which every run was evaluated; a run never evaluated after training is left out.
 
-    Not the budget: the update that crosses a budget is the last one, and may be long.
+    Not the budget: the update that crosses a budget is the last one, and may be long. A failed run does not hold the
+    others back: it stays in the comparison at its last value.
+
+    Args:
+        runs: those that are to be compared.
+        x: a cost column of eval.jsonl.
     """
-    last = [max(row["device_s"] for row in run.evals) for run in runs if run.updates()[-1] > 0]
-    return min(last, default=0.0)
+    last = {run.folder: [row[x] for row in run.evals if row.get(x) is not None] for run in runs if run.updates()[-1]}
+    known = [run for run in runs if last.get(run.folder)]
+    healthy = [run for run in known if run.status != "FAILED"]
+    return float(min((max(last[run.folder]) for run in healthy or known), default=0.0))
 
 
-def update_at(run: Run, cost: float) -> int:
-    """The last evaluated update that cost no more than `cost` device-seconds, or little more: see `_SLACK`."""
-    return max(row["update"] for row in run.evals if row["device_s"] <= cost * _SLACK)
+def update_at(run: Run, cost: float, x: str = "device_s") -> int:
+    """The last evaluated update with a finite reward that cost no more than `cost`, or little more: see `_SLACK`."""
+    costs = {update: run.cost(update, x) for update in run.updates()}
+    within = [update for update, spent in costs.items() if spent is not None and spent <= cost * _SLACK]
+    finite = [update for update in within if np.isfinite(run.mean(PROXY, update))]
+    return max(finite or within[:1] or run.updates()[:1])
+
+
+def over_runs(values: Sequence[float]) -> Interval:
+    """A t-interval from three runs on, below that only the mean; a run without a value makes it NaN, not smaller."""
+    if len(values) < _FEW or not np.isfinite(values).all():
+        return Interval(float(np.mean(values)) if len(values) else _NAN, _NAN, _NAN, len(values))
+    return t_interval(values)
 
 
 def _interval(pairs: Sequence[tuple[dict[int, float], dict[int, float]]]) -> tuple[Interval, str]:
@@ -68,12 +94,12 @@ def _interval(pairs: Sequence[tuple[dict[int, float], dict[int, float]]]) -> tup
     Args:
         pairs: for each run {prompt: value} after and before.
     """
+    if any(not set(after) & set(before) for after, before in pairs):
+        return Interval(_NAN, _NAN, _NAN, len(pairs)), ""
     if len(pairs) == 1:
         return paired_difference(*pairs[0])[0], "prompts"
-    means = [paired_difference(after, before)[0].centre for after, before in pairs]
-    if len(pairs) < _FEW:
-        return Interval(float(np.mean(means)), float("nan"), float("nan"), len(pairs)), ""
-    return t_interval(means), "runs"
+    found = over_runs([paired_difference(after, before)[0].centre for after, before in pairs])
+    return found, "runs" if found.n >= _FEW else ""
 
 
 def _change(runs: Sequence[Run], at: Sequence[int], reward: str) -> Change | None:
@@ -88,20 +114,46 @@ def _change(runs: Sequence[Run], at: Sequence[int], reward: str) -> Change | Non
     return Change(before_mean, after_mean, difference, unit)
 
 
-def summarise(runs: Sequence[Run]) -> list[Summary]:
-    """One summary for each algorithm, all at one cost."""
-    cost = common_cost(runs)
+def summarise(runs: Sequence[Run], x: str = "device_s") -> list[Summary]:
+    """One summary for each algorithm, all at one cost, which is counted in the column `x` of eval.jsonl."""
+    cost = common_cost(runs, x)
     found = []
     for algo, group in by_algorithm(runs).items():
-        at = [update_at(run, cost) for run in group]
-        changes = {name: _change(group, at, name) for name in group[0].rewards()}
+        at = [update_at(run, cost, x) for run in group]
+        names = dict.fromkeys(name for run in group for name in run.rewards())
+        changes = {name: _change(group, at, name) for name in names}
         rows = [run.train[-1] for run in group if run.train]
-        names = ("videos_sampled", "reward_queries", "denoiser_forwards", "denoiser_backwards", "update")
-        costs = {name: float(np.mean([row[name] for row in rows])) if rows else 0.0 for name in names}
+        counted = ("videos_sampled", "reward_queries", "denoiser_forwards", "denoiser_backwards", "update")
+        costs = {name: float(np.mean([row[name] for row in rows])) if rows else 0.0 for name in counted}
         spent = float(np.mean([run.device_s() for run in group]))
         known = {name: change for name, change in changes.items() if change is not None}
         found.append(Summary(algo, group, at, known, cost, spent, costs))
     return found
+
+
+def level(summary: Summary, reward: str) -> Interval:
+    """Mean of what was measured at the cost compared, such as "kl_ref_nats"; NaN where a run lacks it."""
+    return over_runs([run.mean(reward, update) for run, update in zip(summary.runs, summary.at, strict=True)])
+
+
+def mean_height(summary: Summary, reward: str = PROXY) -> Interval:
+    """Area under the reward curve up to the cost compared, over that cost; NaN where a run ended before."""
+    found = []
+    for run in summary.runs:
+        x, y = run.curve(reward)
+        # An update that crosses the cost a little late is the run's end for the comparison, so it is here.
+        end = min(summary.cost, float(x[-1])) if len(x) and x[-1] * _SLACK >= summary.cost else _NAN
+        found.append(area_under_curve(x, y, end) if np.isfinite(end) else _NAN)
+    return over_runs(found)
+
+
+def per_thousand_queries(summary: Summary, reward: str = PROXY) -> Interval:
+    """Change of the reward for each 1,000 reward queries spent up to the evaluation compared."""
+    found = []
+    for run, update in zip(summary.runs, summary.at, strict=True):
+        queries = run.cost(update, "reward_queries")
+        found.append(1000 * (run.mean(reward, update) - run.mean(reward, 0)) / queries if queries else _NAN)
+    return over_runs(found)
 
 
 def difference(a: Summary, b: Summary, reward: str = PROXY) -> tuple[Interval, str]:
@@ -119,16 +171,44 @@ def difference(a: Summary, b: Summary, reward: str = PROXY) -> tuple[Interval, s
     return _interval([(after_a[seed], after_b[seed]) for seed in shared])
 
 
+def pair_differences(summaries: Sequence[Summary]) -> dict[tuple[str, str], tuple[Interval, str]]:
+    """`difference` of every pair of algorithms that share a seed, in the given order; {(a, b): (a - b, unit)}."""
+    found = {}
+    for a, b in combinations(summaries, 2):
+        if {run.seed for run in a.runs} & {run.seed for run in b.runs} and a.measured and b.measured:
+            found[a.algo, b.algo] = difference(a, b)
+    return found
+
+
+def ranked(summaries: Sequence[Summary]) -> list[Summary]:
+    """The algorithms by their reward after training, best first; those without one at the end."""
+    return sorted(summaries, key=lambda s: -_sortable(s.changes, s.measured))
+
+
+def _sortable(changes: Mapping[str, Change], measured: bool) -> float:
+    change = changes.get(PROXY)
+    return change.after if change and measured and np.isfinite(change.after) else -np.inf
+
+
 def show(value: float) -> str:
     """A reward as text: three significant digits."""
-    return f"{value:.3g}"
+    return "-" if np.isnan(value) else f"{value:.3g}"
 
 
 def show_interval(interval: Interval, unit: str) -> str:
     """A difference with its interval, or why there is none."""
+    if np.isnan(interval.centre):
+        return "not measured in every run"
     if not unit or np.isnan(interval.low):
         return f"{interval.centre:+.3g} (n = {interval.n}, no interval)"
     return f"{interval.centre:+.3g} [{interval.low:+.3g}, {interval.high:+.3g}]"
+
+
+def show_level(interval: Interval) -> str:
+    """A level with its interval over runs where there is one."""
+    if np.isnan(interval.low):
+        return show(interval.centre)
+    return f"{interval.centre:.3g} [{interval.low:.3g}, {interval.high:.3g}]"
 
 
 def explain_unit(unit: str, interval: Interval) -> str:
@@ -145,48 +225,3 @@ def unmeasured(summary: Summary) -> str:
     if summary.cost == 0:
         return "was not evaluated after training"
     return f"was not evaluated after training within the {summary.cost:.0f} device-seconds compared"
-
-
-def _moved(change: Change) -> str:
-    if not change.difference.excludes_zero:
-        return "does not clearly move"
-    return "raises" if change.difference.centre > 0 else "lowers"
-
-
-def answer(summaries: Sequence[Summary], reward_name: str) -> str:
-    """One computed sentence: what each algorithm did to the reward and the gold score, and which did better."""
-    parts = []
-    for summary in summaries:
-        change = summary.changes.get(PROXY)
-        if change is None or max(summary.at) == 0:
-            parts.append(f"{summary.algo} {unmeasured(summary)}")
-            continue
-        text = f"{summary.algo} {_moved(change)} it ({show(change.before)} to {show(change.after)}"
-        gold = summary.changes.get(GOLD)
-        if gold is not None:
-            text += f"; gold score {show(gold.before)} to {show(gold.after)}"
-            if change.difference.excludes_zero and change.difference.centre > 0 > gold.difference.high:
-                text += ": over-optimisation"
-        parts.append(text + ")")
-    split = next((row["split"] for summary in summaries for run in summary.runs for row in run.evals), "fixed")
-    start = f"Measured by {reward_name} on {split} prompts: "
-    return start + ", ".join(parts) + _ranking(summaries) + "."
-
-
-def _ranking(summaries: Sequence[Summary]) -> str:
-    """What the sentence says about pairs of algorithms, if every one was evaluated after training."""
-    if len(summaries) < 2 or any(max(summary.at) == 0 for summary in summaries):
-        return ""
-    texts = []
-    for a, b in combinations(summaries, 2):
-        interval, unit = difference(a, b)
-        if interval.centre < 0:
-            a, b, interval = b, a, Interval(-interval.centre, -interval.high, -interval.low, interval.n)
-        shown = f"{show_interval(interval, unit)}, {explain_unit(unit, interval)}"
-        if interval.excludes_zero:
-            texts.append(
-                f"at equal cost ({a.cost:.0f} device-seconds) {a.algo} is above {b.algo} ({a.algo} - {b.algo}: {shown})"
-            )
-        else:
-            texts.append(f"at equal cost {a.algo} and {b.algo} cannot be told apart ({a.algo} - {b.algo}: {shown})")
-    return "; " + "; ".join(texts)

@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 
 from benchmarks.aggregate import Interval, t_interval
-from benchmarks.records import GOLD, PROXY, Run, read_runs
+from benchmarks.records import DIVERSITY, GOLD, HELDOUT, KL, PROXY, Run, by_task, read_runs
+from benchmarks.summary import AXES, pair_differences, summarise
 
 DIGITS = 5
+_COSTS = ("device_s", "cpu_s", "reward_queries", "flops")
 
 
 def pairs(run: Run, update: int, reward: str) -> dict[tuple[int, int], float]:
     """Scores of one evaluation by (prompt, noise seed)."""
-    rows = (row for row in run.evals if row["update"] == update and row["reward"] == reward)
+    rows = run.rows(reward, update)
     return {(row["prompt_id"], row["noise_seed"]): row["value"] for row in rows if row["value"] is not None}
 
 
@@ -43,7 +45,7 @@ def curve_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     for run in runs:
         for update in run.updates():
             row = next(row for row in run.evals if row["update"] == update)
-            at = {key: row.get(key) for key in ("update", "device_s", "cpu_s", "reward_queries")}
+            at = {key: row.get(key) for key in ("update", *_COSTS)}
             means = {name: round(_mean(pairs(run, update, name).values()), DIGITS) for name in names}
             rows.append({**_who(run), **at, **means})
     return rows
@@ -55,7 +57,7 @@ def change_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     for run in runs:
         scores = {k: round(v, DIGITS) for name in _known(run) for k, v in change(run, name).items()}
         last = run.train[-1] if run.train else {}
-        costs = {key: last.get(key) for key in ("update", "device_s", "cpu_s", "reward_queries")}
+        costs = {key: last.get(key) for key in ("update", *_COSTS)}
         rows.append({**_who(run), "git_commit": run.about.get("git_commit"), **costs, **scores})
     return rows
 
@@ -86,8 +88,12 @@ def algorithm_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
             row |= {f"{name}_{key}": round(v, DIGITS) for key, v in {**values, "high": interval.high}.items()}
             if name == PROXY:
                 row["verdict"] = _verdict(interval)
-            elif before:
+            elif name == GOLD and before:
                 row["gold_relative"] = round(interval.centre / before, DIGITS)
+        for name in (KL, DIVERSITY):
+            if name in group[0].rewards():
+                ends_at = [run.mean(name, run.updates()[-1]) for run in group]
+                row[f"{name}_after"] = round(float(np.mean(ends_at)), DIGITS)
         ends = [run.train[-1] for run in group if run.train]
         for key in ("update", "cpu_s", "device_s", "reward_queries"):
             found = [end[key] for end in ends if end.get(key) is not None]
@@ -108,26 +114,58 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         lines.append(
             f"| {row['env_id']} | {row['algo']} | {row['seeds']}{flagged} | {_from_to(row, PROXY)} "
             f"| {_interval(row, PROXY)} | {row.get('verdict', '')} | {_from_to(row, GOLD)} | {_interval(row, GOLD)} "
-            f"| {row['update']:g} | {(row['cpu_s'] or math.nan) / 60:.1f} | {row['reward_queries']:,.0f} |"
+            f"| {_number(row['update'], 'g')} | {_number(row['cpu_s'], '.1f', 1 / 60)} "
+            f"| {_number(row['reward_queries'], ',.0f')} |"
         )
     return "\n".join(lines) + "\n"
 
 
+def pair_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """One row for each environment, cost axis and pair of algorithms: the paired difference a - b at equal cost.
+
+    Of all algorithms of the environment at once, so at the cost that every one of them reached.
+    """
+    rows = []
+    for env_id, group in by_task(runs).items():
+        for axis in AXES:
+            summaries = summarise(group, axis)
+            for (a, b), (interval, unit) in pair_differences(summaries).items():
+                at = {"env_id": env_id, "axis": axis, "cost": round(summaries[0].cost, 1), "a": a, "b": b}
+                low, high = (round(value, DIGITS) for value in (interval.low, interval.high))
+                rows.append(
+                    {**at, "difference": round(interval.centre, DIGITS), "low": low, "high": high, "n": interval.n,
+                     "over": unit}
+                )  # fmt: skip
+    return rows
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows with all their columns; a file without rows is not written."""
+    if rows:
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
 def write_tables(out: Path) -> None:
-    """Writes `curves.csv`, `changes.csv`, `table.csv` and `table.md` of all runs in a folder that have an evaluation.
+    """Writes `curves.csv`, `changes.csv`, `pairs.csv`, `table.csv` and `table.md` of all runs with an evaluation.
 
     Raises:
         ValueError: there is no such run.
     """
     runs = read_runs(out)
     table = algorithm_rows(runs)
-    for name, rows in (("curves.csv", curve_rows(runs)), ("changes.csv", change_rows(runs)), ("table.csv", table)):
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        with (out / name).open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
+    write_csv(out / "curves.csv", curve_rows(runs))
+    write_csv(out / "changes.csv", change_rows(runs))
+    write_csv(out / "pairs.csv", pair_rows(runs))
+    write_csv(out / "table.csv", table)
     (out / "table.md").write_text(markdown(table), encoding="utf-8")
+
+
+def _number(value: float | None, form: str, scale: float = 1.0) -> str:
+    return "-" if value is None else format(value * scale, form)
 
 
 def _who(run: Run) -> dict[str, Any]:
@@ -135,7 +173,8 @@ def _who(run: Run) -> dict[str, Any]:
 
 
 def _known(run: Run) -> list[str]:
-    return [name for name in (PROXY, GOLD) if name in run.rewards()]
+    known = run.rewards()
+    return [name for name in (PROXY, GOLD) if name in known] + [name for name in known if name.startswith(HELDOUT)]
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -1,21 +1,23 @@
-"""One training run of any algorithm of the zoo, with the evaluation and the record that reports are made of."""
+"""One training run of any algorithm, with the evaluation and the record that reports are made of."""
 
 from __future__ import annotations
 
-import ast
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.arguments import one_line
+from benchmarks.evaluation import evaluators
+from benchmarks.plan import Arm, Benchmark, run_folder
+from benchmarks.settings import algorithm_config, keyword_settings
 
 ENV_ID = "MovingShapes-HPS"
 REWARD = f"{ENV_ID} (own small weights)"
 # Half the model's steps and no guidance: a quarter of the cost of a video, and room above the base model's reward.
 SAMPLING: dict[str, Any] = {"num_envs": 16, "num_steps": 5, "guidance_scale": 1.0}
-_NUM_PROMPTS, _NUM_VIDEOS = 16, 6
+_SIZE = ("num_frames", "height", "width")
 
 
 class SetupError(ValueError):
@@ -32,12 +34,48 @@ class Setup:
     """options of `vdm_env.make` for training and evaluation; None: `SAMPLING`"""
     split: str = "test"
     """prompts of the evaluations"""
+    further_splits: Sequence[str] = ()
+    """prompts that are evaluated beside them, such as "train" """
+    num_prompts: int = 16
+    """of each split, spread over it"""
     noise_seeds: Sequence[int] = (0, 1)
     """videos of each prompt in an evaluation"""
+    heldout: Sequence[str] = ()
+    """rewards that are evaluated and never optimised, such as Aesthetic"""
     question: str = ""
     """what the runs are to answer, for the report"""
     limits: Sequence[str] = ()
     """what they do not show, for the report"""
+
+    @classmethod
+    def of(cls, benchmark: Benchmark) -> Setup:
+        """That of a benchmark."""
+        return cls(
+            env_id=benchmark.env_id,
+            sampling=benchmark.sampling,
+            split=benchmark.splits[0],
+            further_splits=benchmark.splits[1:],
+            num_prompts=benchmark.eval_prompts,
+            noise_seeds=range(benchmark.noise_seeds),
+            heldout=benchmark.heldout,
+            question=benchmark.question,
+            limits=benchmark.limits,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """The parts of a run."""
+
+    env: Any
+    policy: Any
+    algorithm: Any
+    evaluators: tuple[Any, ...]
+    """one for each split, the main one first"""
+    note: str
+    """where the algorithm's settings come from"""
+    config: Any = None
+    """the algorithm's config, or its settings by name where it has no config"""
 
 
 def train(
@@ -57,7 +95,7 @@ def train(
     """Trains one algorithm on train prompts and evaluates it on those of `setup.split`.
 
     Args:
-        name: of the zoo.
+        name: of the zoo, or package.module:Class.
         out: folder of all runs.
         seed: of the environment, the policy and the algorithm.
         command: what repeats the run, for the record.
@@ -79,83 +117,131 @@ def train(
     """
     started = time.perf_counter()
     import algos
-    from algos.run import run_folder
+    from algos.zoo import recipe
 
-    # Where preference data are kept: those that VideoDPO built serve OfflineDPO with the same seed.
-    data = {"folder": str(run_folder(out.parent, out.name, "preferences", setup.env_id, seed))}
     try:
-        keeps_data = any(field.name == "folder" for field in fields(algos.load(name)[1]))
-        changes = {**(data if keeps_data else {}), **(changes or {})}
-        env, policy, algorithm, evaluator = build(name, setup, seed, changes)
+        found = recipe(name)
+        # Where preference data are kept: those that VideoDPO built serve OfflineDPO with the same seed.
+        data = {"folder": str(run_folder(out, "preferences", setup.env_id, seed))} if found.data else {}
+        arm = Arm(label=found.label, algo=name, settings={**data, **(changes or {})})
+        built = build(arm, setup, seed)
     except (ValueError, TypeError, OSError) as error:
         raise SetupError(one_line(error)) from error
     return algos.run(
-        algorithm,
-        out=run_folder(out.parent, out.name, name, setup.env_id, seed),
+        built.algorithm,
+        out=run_folder(out, arm.label, setup.env_id, seed),
         budget=budget,
         updates=updates,
-        evaluate=evaluator,
+        evaluate=built.evaluators,
         eval_every=eval_every,
         seed=seed,
-        task=describe(env, evaluator.env, setup, command),
-        algo=name,
-        env=env,
-        policy=policy,
+        task=describe(built.env, built.evaluators[0].env, setup, command),
+        algo=arm.label,
+        env=built.env,
+        policy=built.policy,
         setup_s=time.perf_counter() - started,
         fresh=fresh,
         resume=resume,
     )
 
 
-def overrides(given: Sequence[str], seed: int) -> dict[str, Any]:
-    """Config fields from texts such as "beta=500", "pairs=all_pairs" or "folder=runs/pairs_{seed}".
+def build_algorithm(
+    found: Any, env: Any, make_policy: Any, settings: Mapping[str, Any], seed: int, *, strict: bool = False
+) -> tuple[Any, Any, Any, str]:
+    """Policy, algorithm, its config (or settings by name), and where these come from.
 
     Args:
-        given: name=value; values are Python literals, anything else is taken as text.
-        seed: replaces {seed}.
+        found: the `algos.zoo.Recipe`.
+        env: to train in.
+        make_policy: makes the policy; called when the settings are known to be good.
+        settings: that differ from the preset or the class's defaults.
+        seed: of the run.
+        strict: see `algorithm_config`.
 
     Raises:
-        ValueError: a text without "=".
+        ValueError, TypeError, OSError: whatever the config or the class refuses.
     """
-    found: dict[str, Any] = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise ValueError(f"--set {text!r}: expected name=value, such as beta=500")
-        value = value.replace("{seed}", str(seed))
-        try:
-            found[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            found[name] = value
-    return found
+    if found.config is not None:
+        config, note = algorithm_config(found.config, env.model.spec.name, settings, seed, strict=strict)
+        policy = make_policy()
+        return policy, found.algorithm(env, policy, config), config, note
+    chosen = keyword_settings(found.algorithm, settings, seed)
+    policy = make_policy()
+    note = f"defaults of {found.label}" + (", with the settings given" if settings else "")
+    return policy, found.algorithm(env, policy, **chosen), chosen, note
 
 
-def build(name: str, setup: Setup, seed: int, changes: Mapping[str, Any]) -> tuple[Any, Any, Any, Any]:
-    """Environment, policy, algorithm and evaluator of a run.
+def build(arm: Arm, setup: Setup, seed: int, *, device: str = "cpu", strict: bool = True) -> Built:
+    """Environment, policy, algorithm and evaluators of a run.
+
+    Args:
+        arm: the algorithm and what it changes.
+        setup: task and evaluation.
+        seed: of all parts.
+        device: of the networks, unless the sampling names one.
+        strict: refuse a model for which the algorithm has no preset.
 
     Raises:
         ValueError, TypeError, OSError: see `train`.
     """
-    import algos
     import vdm_env
+    from algos.zoo import recipe
 
-    algorithm_class, config_class = algos.load(name)
-    sampling = SAMPLING if setup.sampling is None else setup.sampling
-    env = vdm_env.make(setup.env_id, seed=seed, **{**sampling, **algos.ZOO[name].env})
-    preset = config_class.preset(env.model.spec.name)
-    known = [field.name for field in fields(preset)]
-    if unknown := sorted(set(changes) - set(known)):
-        raise ValueError(f"{config_class.__name__} has no field {unknown[0]!r}; it has {', '.join(known)}")
-    config = replace(preset, seed=seed, **changes)
-    policy = env.make_policy(seed=seed)
-    algorithm = algorithm_class(env, policy, config)
-    # All are evaluated with the same sampler, also those that train with another noise level.
-    common = {"noise_level": sampling.get("noise_level", env.model.spec.noise_level), "decode_frames": None}
-    held_out = env.derive(split=setup.split, num_envs=sampling["num_envs"], group_size=1, **common)
-    prompt_ids = held_out.prompt_ids(setup.split)
-    every = max(1, len(prompt_ids) // _NUM_PROMPTS)  # spread over the split, whose neighbours resemble each other
-    evaluator = algos.Evaluator(held_out, prompt_ids[::every][:_NUM_PROMPTS], setup.noise_seeds, num_videos=_NUM_VIDEOS)
-    return env, policy, algorithm, evaluator
+    found = recipe(arm.algo)
+    sampling = dict(SAMPLING if setup.sampling is None else setup.sampling)
+    env = vdm_env.make(setup.env_id, seed=seed, **_options({"device": device, **sampling, **found.env, **arm.env}))
+    policy, algorithm, config, note = build_algorithm(
+        found, env, lambda: env.make_policy(**{"seed": seed, **arm.policy}), arm.settings, seed, strict=strict
+    )
+    shown = {**sampling, **arm.env} if arm.evaluate_as_trained else sampling
+    splits = (setup.split, *setup.further_splits)
+    guidance = shown.get("guidance_scale", env.model.spec.guidance_scale)
+    if arm.evaluate_as_trained:
+        guidance = policy.guidance_scale
+    return Built(
+        env=env,
+        policy=policy,
+        algorithm=algorithm,
+        evaluators=evaluators(
+            env,
+            splits,
+            num_prompts=setup.num_prompts,
+            noise_seeds=setup.noise_seeds,
+            heldout=setup.heldout,
+            guidance_scale=None if guidance == policy.guidance_scale else guidance,
+            num_envs=shown.get("num_envs", env.num_envs),
+            **_as_planned(env, setup.env_id, shown, arm),
+        ),
+        note=note,
+        config=config,
+    )
+
+
+def _options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `vdm_env.make` with a number format by name."""
+    import torch
+
+    if isinstance(given.get("dtype"), str):
+        return {**given, "dtype": getattr(torch, given["dtype"])}
+    return dict(given)
+
+
+def _as_planned(env: Any, env_id: str, sampling: Mapping[str, Any], arm: Arm) -> dict[str, Any]:
+    """What takes an environment to the sampling of the evaluations, whatever the algorithm trains with."""
+    spec = env.model.spec
+    found: dict[str, Any] = {
+        "sampler": sampling.get("sampler", spec.sampler),
+        "num_steps": sampling.get("num_steps", spec.num_steps),
+    }
+    own_noise = spec.noise_level if found["sampler"] == spec.sampler else None
+    found["noise_level"] = sampling.get("noise_level", own_noise)
+    if any(name in arm.env for name in _SIZE):
+        found["size"] = tuple(sampling.get(name, getattr(spec, name)) for name in _SIZE)
+    if "reward" in arm.env:
+        from vdm_env.registry import parse_id
+
+        found["reward"] = sampling.get("reward", parse_id(env_id)[1])
+    return found
 
 
 def describe(env: Any, held_out: Any, setup: Setup, command: str) -> dict[str, Any]:

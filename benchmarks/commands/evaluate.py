@@ -83,8 +83,8 @@ def prepare(config: EvalConfig) -> tuple[Any, Any, list[int], Any]:
     for name in ("num_prompts", "noise_seeds", "num_envs"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
+    from benchmarks.evaluation import spread
     from benchmarks.options import make_env, own_prompts
-    from benchmarks.runs import spread
     from benchmarks.trained import Trained, find, load_policy, merged
 
     folder = config.run or config.lora

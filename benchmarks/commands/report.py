@@ -16,11 +16,13 @@ class ReportConfig:
 
     folder: tyro.conf.Positional[str]
     """folder with runs, such as runs/demo"""
+    threshold: float | None = None
+    """reward whose time is measured; without it: the untrained model's plus half of the best mean gain"""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
     config = parse(ReportConfig, arguments, "vdm-env report")
-    from benchmarks.report import main as report
+    from benchmarks.report import report
 
-    return report([config.folder])
+    return report(config.folder, config.threshold)

@@ -48,7 +48,7 @@ class TrainConfig:
     env: str = ENV_ID
     """environment, <Model>-<Reward>; vdm-env envs lists them"""
     algo: str | None = None
-    """algorithm; vdm-env algos lists them"""
+    """algorithm; vdm-env algos lists them; package.module:Class for a class of your own"""
     budget: str | None = None
     """device time of rollout, reward and update, such as 90s, 2min or 1h; the update that crosses it is the last"""
     updates: int | None = None
@@ -99,7 +99,7 @@ def read(arguments: Sequence[str]) -> tuple[TrainConfig, dict[str, Any]]:
         ValueError: see `from_file`.
         SystemExit: see `benchmarks.arguments.parse`.
     """
-    from benchmarks.training import overrides
+    from benchmarks.settings import overrides
 
     config: TrainConfig = parse(TrainConfig, arguments, PROGRAM)
     settings: dict[str, Any] = {}
@@ -116,11 +116,11 @@ def check(config: TrainConfig) -> None:
         ValueError: no algorithm or an unknown one, no budget, a bad duration, or a number below one.
     """
     from algos.run import seconds
-    from algos.zoo import entry
+    from algos.zoo import recipe
 
     if config.algo is None:
         raise ValueError("which algorithm? Give one, such as --algo vader (vdm-env algos lists them)")
-    entry(config.algo)
+    recipe(config.algo)
     if config.budget is None and config.updates is None:
         raise ValueError("a run needs an end: give --budget 2min (device time), --updates 100, or both")
     if config.budget is not None:
