@@ -16,6 +16,7 @@ from algos.zoo import ZOO, load
 
 _HOME = {name: entry.module for entry in ZOO.values() for name in (entry.algorithm, f"{entry.algorithm}Config")}
 _HOME["check_algorithm"] = "algos.sanity"
+_HOME["Alarm"] = "algos.alarm"
 _HOME |= dict.fromkeys(("Features", "default_features", "heldout_rewards"), "algos.measures")
 
 __all__ = ["ZOO", "Evaluator", "load", "run"]

@@ -6,7 +6,6 @@ A checkpoint is a folder with `tensors.safetensors`, `state.json`, `policy/` (wh
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,6 +16,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from vdm_env.checksums import file_sha256
 
 _TENSOR, _TUPLE, _ITEMS = "__tensor__", "__tuple__", "__items__"
 _MANIFEST = "manifest.json"
@@ -178,9 +179,3 @@ def _verify(folder: Path) -> None:
             )
         if file_sha256(path) != digest:
             raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {name} has another checksum than its own")
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, read piece by piece."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

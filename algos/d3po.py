@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from algos import distributed
 from algos.losses import d3po_loss
 from algos.preferences import Strategy, preference_pairs
-from algos.rollout import Rollout, collect
+from algos.rollout import Rollout, collect, gathered
 from algos.training import (
     adamw,
     check_choice,
@@ -131,7 +132,7 @@ class D3PO:
             )
         self.env, self.policy, self.config = env, policy, config
         self.batches = num_batches(config.videos_per_update, env, "videos_per_update")
-        self.width = env.num_envs if config.micro_batch is None else config.micro_batch
+        self.least_micro_batch = env.group_size
         if self.width < 1 or self.width % env.group_size or env.num_envs % self.width:
             raise ValueError(
                 f"micro_batch is {config.micro_batch}, expected a multiple of group_size={env.group_size} that divides "
@@ -164,40 +165,53 @@ class D3PO:
         """
         c, size = self.config, self.env.group_size
         rollouts = [collect(self.env, self.policy) for _ in range(self.batches)]
-        pairs = [preference_pairs(rollout.reward, size, c.pairs, self.generator) for rollout in rollouts]
-        groups = [(i, g) for i in range(self.batches) for g in range(self.env.num_envs // size)]
+        reward, _ = gathered(rollouts)
+        batches = reward.chunk(self.batches)
+        pairs = [preference_pairs(batch, size, c.pairs, self.generator) for batch in batches]
+        groups = [(i, g) for i in range(self.batches) for g in range(len(batches[0]) // size)]
         rows = []
         for _ in range(c.num_inner_epochs):
             order = torch.randperm(len(groups), generator=self.generator).tensor_split(c.steps_per_update)
             for chosen in order:
                 parts = self._parts(rollouts, pairs, [groups[i] for i in chosen.tolist()])
-                if parts:
+                distributed.current().check_even(len(parts))
+                if distributed.current().any(bool(parts)):
                     rows.append(self._step(parts))
         return {
-            **reward_metrics(torch.cat([rollout.reward for rollout in rollouts]), size),
+            **reward_metrics(reward, size),
             "pairs": float(sum(len(p) for p in pairs)),
             **{name: sum(row[name] for row in rows) / max(len(rows), 1) for name in (*METRICS, "grad_norm")},
             "learning_rate": c.learning_rate,
             "optimiser_steps": float(len(rows)),
         }
 
+    @property
+    def width(self) -> int:
+        """Videos of one backward pass at most."""
+        return self.env.num_envs if self.config.micro_batch is None else self.config.micro_batch
+
     def _parts(self, rollouts: list[Rollout], pairs: list[Tensor], groups: list[tuple[int, int]]) -> list[Part]:
-        """The pairs of some groups, (rollout, place in it), in backward passes of at most `width` videos."""
+        """The pairs of some groups, (rollout, place in it), in backward passes of at most `width` videos.
+
+        Pairs and groups are of all processes, the parts of this one's.
+        """
         size, parts = self.env.group_size, []
+        first = distributed.current().rank * self.env.num_envs
+        own = range(first // size, (first + self.env.num_envs) // size)
         for i, rollout in enumerate(rollouts):
-            wanted = sorted(g for j, g in groups if j == i)
+            wanted = sorted(g for j, g in groups if j == i and g in own)
             each = self.width // size
             for start in range(0, len(wanted), each):
                 group_of_pair = pairs[i][:, 0] // size
                 chosen = pairs[i][torch.isin(group_of_pair, torch.tensor(wanted[start : start + each]))]
                 if len(chosen):
-                    parts.append((rollout, chosen))
+                    parts.append((rollout, chosen - first))
         return parts
 
     def _step(self, parts: list[Part]) -> dict[str, float]:
-        """One optimiser step; metrics are means over its pairs and denoising steps."""
-        steps = self._deal_steps()
-        total = sum(len(pairs) for _, pairs in parts) * len(steps)
+        """One optimiser step; metrics are means over its pairs, of all processes, and denoising steps."""
+        steps, ranks = self._deal_steps(), distributed.current()
+        total = ranks.total(sum(len(pairs) for _, pairs in parts)) * len(steps)
         totals = dict.fromkeys(METRICS, 0.0)
         self.optimizer.zero_grad(set_to_none=True)  # of a step that failed half-way, out of memory for instance
         for rollout, pairs in parts:
@@ -208,7 +222,7 @@ class D3PO:
                 for name, value in {"loss": loss.detach(), **metrics}.items():
                     totals[name] += share * float(value)
         norm = optimiser_step(self.optimizer, self.parameters, self.config.max_grad_norm)
-        return {**totals, "grad_norm": float(norm)}
+        return {**ranks.totals(totals), "grad_norm": float(norm)}
 
     def _deal_steps(self) -> list[int]:
         """The denoising steps of one optimiser step."""

@@ -19,9 +19,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from algos import distributed
 from algos.advantages import PerPromptTracker, batch_advantages, clip_advantages, group_advantages
 from algos.losses import clipped_surrogate, kl_penalty
-from algos.rollout import Rollout, collect, rows
+from algos.rollout import Rollout, collect, gathered, rows
 from algos.training import (
     adamw,
     check_choice,
@@ -166,9 +167,10 @@ class DDPO:
             FloatingPointError: the gradient is not finite; this optimiser step was not taken.
         """
         c = self.config
+        ranks = distributed.current()
         rollouts = [collect(self.env, self.policy) for _ in range(self.batches)]
-        reward = torch.cat([rollout.reward for rollout in rollouts])
-        advantages = self._advantages(reward, torch.cat([r.prompt_id for r in rollouts])).chunk(self.batches)
+        reward, prompt_id = gathered(rollouts)
+        advantages = [ranks.own(a) for a in self._advantages(reward, prompt_id).chunk(self.batches)]
         seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         norms = []
         for _ in range(c.num_inner_epochs):
@@ -210,7 +212,7 @@ class DDPO:
             Per micro-batch: log_prob, log_prob_old, advantage [b] and the loss times b, detached.
         """
         c, width = self.config, self.config.micro_batch or self.env.num_envs
-        total = len(entries) * self.env.num_envs
+        total = len(entries) * self.env.num_envs * distributed.current().world
         seen = []
         for rollout, advantage, k in entries:
             for start in range(0, self.env.num_envs, width):
@@ -229,13 +231,14 @@ class DDPO:
         return seen
 
     def _ratio_metrics(self, seen: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> dict[str, float]:
-        first = (seen[0][0] - seen[0][1]).exp()
-        log_prob, log_prob_old, advantage = (torch.cat([row[i] for row in seen]) for i in range(3))
+        ranks = distributed.current()
+        first = ranks.gather((seen[0][0] - seen[0][1]).exp())
+        log_prob, log_prob_old, advantage = (ranks.gather(torch.cat([row[i] for row in seen])) for i in range(3))
         _, metrics = clipped_surrogate(log_prob, log_prob_old, advantage, self.config.clip_range)
         values = {name: float(value) for name, value in metrics.items()}
         # 0.5 E[(log r)^2] is the KL to second order, for log-ratios in nats; these are means over the elements
         nats = values.pop("approx_kl") * free_elements(self.env) ** 2 * len(self.steps)
-        loss = float(torch.stack([row[3] for row in seen]).sum()) / len(log_prob)
+        loss = ranks.total(float(torch.stack([row[3] for row in seen]).sum())) / len(log_prob)
         return {**values, "kl_old_nats": nats, "loss": loss, "ratio_first_error": float((first - 1).abs().max())}
 
     def state_dict(self) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from algos import distributed
 from algos.losses import error_change, kto_loss, kto_offset
 from algos.losses.preference import Offset, Utility
 from algos.pairs import draw_noise, noise_of, warmed_up
@@ -228,24 +229,28 @@ class DiffusionKTO:
 
     def _step(self, clean: Tensor, prompt_id: Tensor, desirable: Tensor) -> dict[str, float]:
         """One optimiser step on some videos, at timesteps and noise drawn anew; metrics are means over them."""
-        c = self.config
+        c, ranks = self.config, distributed.current()
         width = c.micro_batch
         self.optimizer.zero_grad(set_to_none=True)  # of a step that failed half-way, out of memory for instance
         drawn = draw_noise(len(clean), self.env.mdp, self.generator)
-        columns = (clean, prompt_id, drawn["noise_seed"], drawn["t"])
-        parts = [self._noised(*part) for part in zip(*(column.split(width) for column in columns), strict=True)]
-        labels = desirable.to(self.env.device).split(width)
+        mine = ranks.rows(len(clean))
+        columns = [column[mine] for column in (clean, prompt_id, drawn["noise_seed"], drawn["t"])]
+        chunks = zip(*(column.split(width) for column in columns), strict=True)
+        parts = [self._noised(*chunk) for chunk in chunks if len(chunk[0])]  # none where there are more processes
+        desirable = desirable.to(self.env.device)
+        labels = desirable[mine].split(width)
         references = [self._reference(part) for part in parts]
         # The offset is of all videos, so they come first; the graph of a single part is kept and used.
         with torch.set_grad_enabled(len(parts) == 1):
             changes = [self._change(part, r) for part, r in zip(parts, references, strict=True)]
-        offset = kto_offset(torch.cat(changes), torch.cat(labels), c.offset)
+        of_all = ranks.gather(torch.cat(changes) if changes else clean[:0, 0, 0, 0, 0].to(self.env.device))
+        offset = kto_offset(of_all, desirable, c.offset)
         for i, part in enumerate(parts):
             change = changes[i] if len(parts) == 1 else self._change(part, references[i])
             loss, _ = self._utility_loss(change, labels[i], offset)
             (loss * (len(change) / len(clean))).backward()
         with torch.no_grad():
-            loss, metrics = self._utility_loss(torch.cat(changes).detach(), torch.cat(labels), offset)
+            loss, metrics = self._utility_loss(of_all.detach(), desirable, offset)
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate(self.steps_taken)
         norm = optimiser_step(self.optimizer, self.parameters, c.max_grad_norm)

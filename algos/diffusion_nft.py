@@ -31,9 +31,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from algos import distributed
 from algos.advantages import group_advantages
 from algos.losses import nft_loss, optimality_probability
 from algos.losses.forward_process import AdvantageMode
+from algos.pairs import noise_of
 from algos.reward_checks import check_one_clip
 from algos.rollout import sample_videos
 from algos.training import (
@@ -86,7 +88,7 @@ class DiffusionNFTConfig:
     timestep_fraction: float = 0.99
     """fraction of the sampler's timesteps that each video is trained at (rounded down, at least one), drawn anew"""
     micro_batch: int = 16
-    """videos per backward pass, the knob for memory"""
+    """videos per backward pass (in each process), the knob for memory"""
     seed: int = 0
     """of the env's stream of prompts and noise, of shuffling, timesteps and training noise"""
 
@@ -220,25 +222,32 @@ class DiffusionNFT:
 
     def _step(self, clean: Tensor, prompt_id: Tensor, probability: Tensor, timesteps: Tensor) -> dict[str, float]:
         """One optimiser step on all the videos' timesteps; metrics are means over them."""
+        ranks = distributed.current()
         width, count = self.config.micro_batch, timesteps.shape[1]
         totals = dict.fromkeys(METRICS, 0.0)
-        for start in range(0, len(clean), width):
-            part = slice(start, start + width)
+        self.optimizer.zero_grad(set_to_none=True)  # of a step that failed half-way, out of memory for instance
+        seeds = torch.randint(2**62, timesteps.shape, generator=self.generator)
+        mine = ranks.rows(len(clean))
+        for start in range(mine.start, mine.stop, width):
+            part = slice(start, min(start + width, mine.stop))
             for j in range(count):
-                row = self._loss(clean[part], prompt_id[part], probability[part], timesteps[part, j])
-                share = len(clean[part]) / (len(clean) * count)
+                noise = noise_of(seeds[part, j], clean.shape[1:])
+                row = self._loss(clean[part], noise, prompt_id[part], probability[part], timesteps[part, j])
+                share = (part.stop - part.start) / (len(clean) * count)
                 (row["loss"] * share).backward()
                 for name, value in row.items():
                     totals[name] += share * float(value.detach())
         norm = optimiser_step(self.optimizer, self.parameters, self.config.max_grad_norm)
         self.steps_taken += 1
-        return {**totals, "grad_norm": float(norm)}
+        return {**ranks.totals(totals), "grad_norm": float(norm)}
 
-    def _loss(self, clean: Tensor, prompts: Tensor, probability: Tensor, timestep: Tensor) -> dict[str, Tensor]:
-        """Of b videos at timesteps [b] and with noise drawn anew; "loss" carries the graph."""
+    def _loss(
+        self, clean: Tensor, noise: Tensor, prompts: Tensor, probability: Tensor, timestep: Tensor
+    ) -> dict[str, Tensor]:
+        """Of b videos with their noise at timesteps [b]; "loss" carries the graph."""
         c, mdp, device = self.config, self.env.mdp, self.env.device
         x0 = clean.to(device)
-        noise = torch.randn(clean.shape, generator=self.generator).to(x0)
+        noise = noise.to(x0)
         t = timestep.to(x0)
         noised = mdp.add_noise(x0, noise, t)
         with self._old_policy():

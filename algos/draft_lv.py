@@ -28,7 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from algos import losses
+from algos import distributed, losses
 from algos.reward_checks import check_differentiable, check_graph, check_one_clip
 from algos.training import (
     adamw,
@@ -127,8 +127,8 @@ class DRaFTLV:
             FloatingPointError: the gradient is not finite; nothing was changed.
             ValueError: the reward has no graph although it says that it is differentiable.
         """
-        c = self.config
-        terms = self.batches * (c.copies + c.include_sample)
+        c, ranks = self.config, distributed.current()
+        terms = self.batches * (c.copies + c.include_sample) * ranks.world
         rewards, copy_rewards, loss_sum = [], [], 0.0
 
         def learn(reward: Tensor) -> Tensor:
@@ -137,11 +137,11 @@ class DRaFTLV:
             loss = losses.reward_loss(reward, c.loss, target=c.loss_target, scale=c.loss_scale) / terms
             loss.backward()  # at once: only one copy's graph is alive at a time
             loss_sum += float(loss.detach())
-            return reward.detach()
+            return ranks.gather(reward.detach())
 
         for _ in range(self.batches):
             before, after, reward = self._sample()
-            rewards.append(learn(reward) if c.include_sample else reward)
+            rewards.append(learn(reward) if c.include_sample else ranks.gather(reward))
             clean = after["latents"].detach()
             copies = [learn(self._copy(before, clean)) for _ in range(c.copies)]
             copy_rewards.append(torch.stack(copies))
@@ -151,7 +151,7 @@ class DRaFTLV:
             **reward_metrics(torch.cat(rewards), self.env.group_size),
             "copy_reward_mean": float(copied.mean()),
             "copy_reward_std": float(copied.std(0, correction=0).mean()),
-            "loss": loss_sum,
+            "loss": ranks.total(loss_sum),
             "grad_norm": float(norm),
             "learning_rate": c.learning_rate,
         }
@@ -169,8 +169,8 @@ class DRaFTLV:
 
     def _copy(self, before: dict[str, Tensor], clean: Tensor) -> Tensor:
         """Rewards [B] of clean latents that were noised to the last step's level and denoised in that step."""
-        mdp = self.env.mdp
-        eps, action_noise = (torch.randn(clean.shape, generator=self.generator).to(clean) for _ in range(2))
+        mdp, randn = self.env.mdp, distributed.current().randn
+        eps, action_noise = (randn(clean.shape, self.generator).to(clean) for _ in range(2))
         noised = mdp.add_noise(clean, eps, mdp.table.timesteps[before["step"]])
         action = self.policy.dist({**before, "latents": noised}).rsample(noise=action_noise)
         again = mdp.step(noised, action, before["step"])

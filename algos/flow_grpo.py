@@ -18,16 +18,17 @@ network sees another batch size and r = 1 up to rounding.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from algos import sde_window
+from algos import distributed, sde_window
 from algos.advantages import clip_advantages, group_advantages
 from algos.flow_grpo_config import FlowGRPOConfig
 from algos.losses import clipped_surrogate, kl_penalty
-from algos.rollout import Rollout, collect
+from algos.rollout import Rollout, collect, gathered
 from algos.training import adamw, free_elements, num_batches, optimiser_step, reward_metrics, start_stream
 from vdm_env import transition
 
@@ -54,6 +55,14 @@ def best_and_worst(reward: Tensor, group_size: int, count: int | None) -> Tensor
     ends = torch.cat([order[:, : count // 2], order[:, group_size - count // 2 :]], dim=1)
     first = torch.arange(len(order), device=reward.device)[:, None] * group_size
     return (ends + first).flatten().sort().values
+
+
+def _column(seen: Sequence[tuple[Tensor, ...]], i: int) -> Tensor:
+    """The i-th entry of all micro-batches of all processes, of which some may have none."""
+    ranks = distributed.current()
+    if ranks.world == 1:
+        return torch.cat([row[i] for row in seen])
+    return ranks.gather(torch.cat([torch.empty(0, dtype=torch.float64), *(row[i].double().cpu() for row in seen)]))
 
 
 def _check_weights(config: FlowGRPOConfig, names: list[str]) -> None:
@@ -181,19 +190,20 @@ class FlowGRPO:
             ValueError: part_weights that are not for the parts of the env's reward, where only its scores tell them;
                 nothing was learned.
         """
-        c, window = self.config, self.window()
+        c, window, ranks = self.config, self.window(), distributed.current()
         levels = None if window is None else sde_window.levels_inside(self._levels(), window)
         shared = c.shared_initial_noise
         rollouts = [
             collect(self.env, self.policy, noise_levels=levels, shared_noise=shared) for _ in range(self.batches)
         ]
         self._table = self.env.mdp.table
-        reward = torch.cat([rollout.reward for rollout in rollouts])
+        reward, _ = gathered(rollouts)
         total, differ = self._advantages(rollouts)
-        advantages = clip_advantages(total, c.adv_clip_max).chunk(self.batches)
+        advantages = [ranks.own(a) for a in clip_advantages(total, c.adv_clip_max).chunk(self.batches)]
         # best and worst are what is learned from says, which the weights of the env's reward need not agree with
         ranking = (reward if c.advantage == "reward" else total).chunk(self.batches)
-        chosen = [self._chosen(r, d) for r, d in zip(ranking, differ.chunk(self.batches), strict=True)]
+        batches = zip(ranking, differ.chunk(self.batches), strict=True)
+        chosen = [self._chosen(ranks.own(r), ranks.own(d)) for r, d in batches]
         seen: list[tuple[Tensor, ...]] = []
         norms = []
         for _ in range(c.num_inner_epochs):
@@ -201,9 +211,10 @@ class FlowGRPO:
             for part in order:
                 steps = self._deal_steps(window)
                 entries = [(rollouts[i], advantages[i], chosen[i], k) for i in part.tolist() for k in steps]
-                entries = [entry for entry in entries if len(entry[2])]
-                if entries:
-                    seen += self._accumulate(entries)
+                videos = int(ranks.total(sum(len(entry[2]) for entry in entries)))
+                if videos:
+                    ranks.check_even(sum(len(entry[2].split(c.micro_batch or self.env.num_envs)) for entry in entries))
+                    seen += self._accumulate([entry for entry in entries if len(entry[2])], videos)
                     norms.append(optimiser_step(self.optimizer, self.parameters, c.max_grad_norm))
         metrics = {
             **reward_metrics(reward, self.env.group_size),
@@ -211,7 +222,7 @@ class FlowGRPO:
             "grad_norm": float(torch.stack(norms).mean()) if norms else 0.0,
             "learning_rate": c.learning_rate,
             "optimiser_steps": float(len(norms)),
-            "videos_trained": float(sum(len(rows) for rows in chosen)),
+            "videos_trained": ranks.total(float(sum(len(rows) for rows in chosen))),
             "steps_trained": float(len(steps)),
             "window_start": float(window[0] if window else 0),
         }
@@ -223,11 +234,12 @@ class FlowGRPO:
         """What is normalised in its groups, as (weight, values [N]): the reward, or each of its parts."""
         c = self.config
         if c.advantage == "reward":
-            return [(1.0, torch.cat([rollout.reward for rollout in rollouts]))]
+            return [(1.0, gathered(rollouts)[0])]
         names = list(rollouts[0].parts)
         weights = dict.fromkeys(names, 1.0) if c.part_weights is None else c.part_weights
         _check_weights(c, names)
-        return [(weights[name], torch.cat([rollout.parts[name] for rollout in rollouts])) for name in names]
+        gather = distributed.current().gather
+        return [(weights[name], torch.cat([gather(rollout.parts[name]) for rollout in rollouts])) for name in names]
 
     def _advantages(self, rollouts: list[Rollout]) -> tuple[Tensor, Tensor]:
         """Advantages [N], not clipped, and whether anything differs within the video's group, bool [N]."""
@@ -260,14 +272,17 @@ class FlowGRPO:
         order = torch.randperm(len(self.noisy), generator=self.generator)[:count]
         return [self.noisy[i] for i in order.tolist()]
 
-    def _accumulate(self, entries: list[Entry]) -> list[tuple[Tensor, ...]]:
-        """Adds the gradient of the mean loss over the entries' videos; one graph is alive at a time.
+    def _accumulate(self, entries: list[Entry], total: int) -> list[tuple[Tensor, ...]]:
+        """Adds the gradient of the entries' videos' share of the mean loss; one graph is alive at a time.
+
+        Args:
+            entries: of this process.
+            total: videos in the entries of all processes.
 
         Returns:
             Per micro-batch: log_prob, log_prob_old, advantage, KL [b] and the loss times b, detached.
         """
         c = self.config
-        total = sum(len(chosen) for _, _, chosen, _ in entries)
         seen: list[tuple[Tensor, ...]] = []
         for rollout, advantage, chosen, k in entries:
             for rows in chosen.split(c.micro_batch or self.env.num_envs):
@@ -296,16 +311,16 @@ class FlowGRPO:
         return transition.flow_grpo_kl(self._table, dist.mean, reference.mean, obs["step"])
 
     def _ratio_metrics(self, seen: list[tuple[Tensor, ...]], steps: int) -> dict[str, float]:
-        if not seen:
+        if not distributed.current().any(bool(seen)):
             values = dict.fromkeys(("ratio_std", "clip_fraction_low", "clip_fraction_high", "kl_old_nats"), 0.0)
             return {"ratio_mean": 1.0, **values, "loss": 0.0, "kl_reference": 0.0, "ratio_first_error": 0.0}
-        first = (seen[0][0] - seen[0][1]).exp()
-        log_prob, log_prob_old, advantage, kl = (torch.cat([row[i] for row in seen]) for i in range(4))
+        first = (_column(seen[:1], 0) - _column(seen[:1], 1)).exp()
+        log_prob, log_prob_old, advantage, kl = (_column(seen, i) for i in range(4))
         _, metrics = clipped_surrogate(log_prob, log_prob_old, advantage, self.config.clip_range)
         values = {name: float(value) for name, value in metrics.items()}
         # 0.5 E[(log r)^2] is the KL to second order, for log-ratios in nats; these are means over the elements
         values["kl_old_nats"] = values.pop("approx_kl") * free_elements(self.env) ** 2 * steps
-        values["loss"] = float(torch.stack([row[4] for row in seen]).sum()) / len(log_prob)
+        values["loss"] = float(_column([(row[4][None],) for row in seen], 0).sum()) / len(log_prob)
         return {**values, "kl_reference": float(kl.mean()), "ratio_first_error": float((first - 1).abs().max())}
 
     def state_dict(self) -> dict[str, Any]:

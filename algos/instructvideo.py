@@ -30,7 +30,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from algos import losses
+from algos import distributed, losses
 from algos.reward_checks import check_differentiable, check_graph, check_one_clip
 from algos.training import (
     adamw,
@@ -209,14 +209,16 @@ class InstructVideo:
             FloatingPointError: the gradient is not finite; nothing was changed.
             ValueError: the reward has no graph although it says that it is differentiable.
         """
+        ranks = distributed.current()
         rewards, loss_sum = [], 0.0
         for _ in range(self.batches):
             score, coefficient = self._edit(self._start())
             check_graph(score, self.env)
-            loss = losses.attenuated_one_minus(score, coefficient) / self.batches
+            loss = losses.attenuated_one_minus(score, coefficient) / (self.batches * ranks.world)
             loss.backward()
-            rewards.append(score.detach().mean(1))
+            rewards.append(ranks.gather(score.detach().mean(1)))
             loss_sum += float(loss.detach())
+        loss_sum = ranks.total(loss_sum)
         norm = optimiser_step(self.optimizer, self.parameters, self.config.max_grad_norm)
         return {
             **reward_metrics(torch.cat(rewards), self.env.group_size),
@@ -229,9 +231,9 @@ class InstructVideo:
     @torch.no_grad()
     def _start(self) -> dict[str, Tensor]:
         """Observation of noised videos at the start step."""
-        mdp, step = self.env.mdp, self.start_step
+        mdp, step, randn = self.env.mdp, self.start_step, distributed.current().randn
         clean, prompts = self._own() if self.videos is None else self._given(self.videos)
-        eps, shared = (torch.randn(clean.shape, generator=self.generator) for _ in range(2))
+        eps, shared = (randn(clean.shape, self.generator) for _ in range(2))
         eps = eps + self.config.offset_noise * shared[..., :1, :1]
         t = mdp.base_table.timesteps[step].expand(len(clean))
         noised = mdp.add_noise(clean, eps.to(clean), t)
@@ -239,11 +241,12 @@ class InstructVideo:
 
     def _given(self, videos: VideoSet) -> tuple[Tensor, dict[str, Any]]:
         """Clean latents [B,C,F,H,W] of the next given videos, and their texts, as a reset option."""
-        size = self.env.group_size
-        count = self.env.num_envs // size
+        ranks, size = distributed.current(), self.env.group_size
+        count = self.env.num_envs // size * ranks.world
         index = order(len(videos), self.config.seed, self.videos_taken, count)
         self.videos_taken += count
-        video, texts = videos.take(index)
+        self.env.prompts.add([videos.prompts[i] for i in index])  # all of them: numbers are the same in all processes
+        video, texts = videos.take(index[ranks.rows(count)])
         latents = self.env.mdp.encode(video.to(self.env.mdp.dtype)).to(self.env.mdp.dtype)
         return latents.repeat_interleave(size, dim=0), {"prompts": texts}
 

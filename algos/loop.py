@@ -11,15 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from algos.alarm import ALARMS, Alarm, alarms, message
 from algos.checkpoint_store import CheckpointStore
+from algos.distributed import PeerError, Ranks
 from algos.evaluate import GOLD, PROXY, Evaluation, Evaluator
 from algos.meter import Meter, finite
+from algos.out_of_memory import Before, half, is_out_of_memory, set_micro_batch
 from algos.progress import Progress, Stop
 from algos.random_state import get_random_state, set_random_state
-from algos.run_files import append_rows, read_json, replace_file, replace_json, sync_logs, writing
+from algos.run_files import append_rows, read_json, read_rows, replace_file, replace_json, sync_logs, writing
+from algos.sample_videos import save_samples
+from algos.watchers import Watchers
 
+OVER_OPTIMISATION = "over-optimisation"
 _UNITS = {"s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
 
 
@@ -88,6 +93,16 @@ class Loop:
     """budget in updates"""
     checkpoint_every: int | None
     skip_nonfinite: int
+    alarm: Alarm | None = None
+    """what is watched in the evaluations of the first evaluator"""
+    ranks: Ranks = field(default_factory=Ranks)
+    """the processes of the run, of which the first evaluates and writes; all make the same decisions"""
+    watchers: Watchers = field(default_factory=Watchers)
+    """what is told of everything that was written down"""
+    sample_mp4: bool = True
+    """whether the kept videos are also written as files that people open"""
+    halve_micro_batch: bool = False
+    """after an out-of-memory error do the update again, with smaller pieces"""
 
     update: int = 0
     whole: bool = True
@@ -99,20 +114,29 @@ class Loop:
     """updates that were given up because of a gradient or loss that is not finite"""
     skipped_in_row: int = 0
     scores: dict[str, float] = field(default_factory=dict)
+    alarmed: bool = False
+    """whether the alarm has ended the run"""
+    halvings: list[dict[str, int]] = field(default_factory=list)
+    """the updates, counted from 1, that memory was too short for, with the `micro_batch` from then on"""
 
     def go(self) -> str:
         """Updates until the end; returns why it ended. After a dropped update the last checkpoint stays as it is."""
         try:
             while True:
-                self._evaluate()
+                stopping = self.ranks.any(bool(self.stop.requested))
+                self._evaluate(stopping)
                 if not self.evaluation_due and (ended := self._ended()):
                     break
-                if self.stop.requested:
+                if stopping or self.ranks.any(bool(self.stop.requested)):
                     ended = "interrupted"
                     break
                 self._train()
         except KeyboardInterrupt:
             ended = "interrupted"
+        except PeerError:
+            if not self.stop.requested:  # otherwise it has left for the same reason
+                raise
+            ended, self.whole = "interrupted", False
         if self.whole and self.saved_at != self.update:
             self._checkpoint()
         return ended
@@ -120,6 +144,8 @@ class Loop:
     def _ended(self) -> str:
         if self.limit is not None and self.meter.device_s >= self.limit:
             return "budget"
+        if self.alarmed:
+            return OVER_OPTIMISATION
         return "updates" if self.updates is not None and self.update >= self.updates else ""
 
     def _train(self) -> None:
@@ -129,11 +155,13 @@ class Loop:
             metrics = self._checked_update()
         self.whole = True
         self.update += 1
+        if self.update == 1:
+            self._check_together()
         self._measure_flops()
         row = self.meter.row(self.update, {"skipped_updates": self.skipped, **metrics})
-        with writing(self.folder):
-            append_rows(self.folder / "train.jsonl", [row])
-        self.bar.show(self.update, self.meter.device_s, row["reward_mean"], self.scores)
+        self._append("train.jsonl", [row])
+        self.watchers.tell("train", row)
+        self.bar.show(row, self.scores)
         due = self.schedule(self.update, self.meter.device_s)
         self.evaluation_due = due or bool(self._ended())
         every = self.checkpoint_every
@@ -141,13 +169,16 @@ class Loop:
         if self.evaluation_due if every is None else every and self.update % every == 0:
             self._checkpoint()
 
+    def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        if self.ranks.main:
+            with writing(self.folder):
+                append_rows(self.folder / name, rows)
+
     def _measure_flops(self) -> None:
         """What calls cost, after the update that made the first of each; where that cannot be had, run.json says so."""
         note = self.meter.measure_flops()
         if note:
-            path = self.folder / "run.json"
-            with writing(self.folder):
-                replace_json(path, {**read_json(path), "flops_note": note})
+            self._note("flops_note", note)
 
     def _checked_update(self) -> Mapping[str, Any]:
         """The algorithm's metrics; none if the update was given up for a gradient that is not finite.
@@ -157,7 +188,7 @@ class Loop:
             OutOfMemoryError: see there.
         """
         try:
-            metrics = self.algorithm.update()
+            metrics = self._update_in_memory()
             if not self.skip_nonfinite or finite(metrics.get("loss", 0.0)) is not None:
                 self.skipped_in_row = 0
                 return metrics
@@ -170,7 +201,7 @@ class Loop:
             for parameter in getattr(self.policy, "trainable_parameters", list)():
                 parameter.grad = None
         except Exception as error:
-            if _out_of_memory(error):
+            if is_out_of_memory(error):
                 raise self._short_of_memory(error, f"update {self.update + 1}") from error
             raise
         if self.skipped_in_row >= self.skip_nonfinite:
@@ -182,6 +213,30 @@ class Loop:
         self.skipped_in_row += 1
         self.bar.say(f"update {self.update + 1} is not finite and counted as skipped: {problem}")
         return metrics
+
+    def _update_in_memory(self) -> Mapping[str, Any]:
+        """The algorithm's metrics of an update, after an out-of-memory error of one done again in smaller pieces."""
+        while self.halve_micro_batch and (smaller := half(self.algorithm)) is not None:
+            before = Before(self.algorithm, self.policy, self.meter.device)
+            try:
+                return self.algorithm.update()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Outside of the handler: the error holds on to the tensors of the update.
+            before.restore()
+            set_micro_batch(self.algorithm, smaller)
+            self.halvings.append({"update": self.update + 1, "micro_batch": smaller})
+            self._note("micro_batch_halved", self.halvings)
+            self.bar.say(f"out of memory in update {self.update + 1}: once more, now with micro_batch={smaller}")
+        return self.algorithm.update()
+
+    def _note(self, name: str, value: Any) -> None:
+        """Writes something into run.json."""
+        if self.ranks.main:
+            path = self.folder / "run.json"
+            with writing(self.folder):
+                replace_json(path, {**read_json(path), name: value})
 
     def _short_of_memory(self, error: Exception, where: str) -> OutOfMemoryError:
         """An error that says what to lower."""
@@ -195,20 +250,35 @@ class Loop:
             f"resume=True goes on with the same settings ({error})"
         )
 
-    def _evaluate(self) -> None:
+    def _check_together(self) -> None:
+        """Raises RuntimeError where the processes do not train one policy, but each its own."""
+        if self.ranks.world > 1:
+            self.ranks.check_same(self.policy.trainable_parameters())
+
+    def _measured(self) -> list[Evaluation] | None:
+        """The evaluations; None where a signal broke them off."""
+        try:
+            with self.stop.droppable(at_once=True):
+                return [evaluator.evaluate(self.policy) for evaluator in self.evaluators]
+        except KeyboardInterrupt:
+            return None
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise self._short_of_memory(error, f"the evaluation after update {self.update}") from error
+            raise
+
+    def _evaluate(self, stopping: bool) -> None:
         """Does the evaluations that are due, unless the run is to stop; a signal leaves them due."""
         if not self.evaluators:
             self.evaluation_due = False
             return
-        if not self.evaluation_due or self.stop.requested:
+        if not self.evaluation_due or stopping:
             return
-        with self.meter.phase("eval"), self.stop.droppable(at_once=True):
-            try:
-                every = [evaluator.evaluate(self.policy) for evaluator in self.evaluators]
-            except Exception as error:
-                if _out_of_memory(error):
-                    raise self._short_of_memory(error, f"the evaluation after update {self.update}") from error
-                raise
+        with self.meter.phase("eval"):
+            # Processes that share one network all have to call it, and find the same.
+            every = self.ranks.agreed(self._measured() if self.ranks.main or self.ranks.sharded else None)
+            if every is None:
+                raise KeyboardInterrupt
         at = {
             "update": self.update,
             "device_s": round(self.meter.device_s, 4),
@@ -222,12 +292,48 @@ class Loop:
         self.meter.nan_values += sum(one.nan_values for one in every)
         with writing(self.folder):
             self._save_videos(found)
-            append_rows(self.folder / "eval.jsonl", [{**at, **row} for one in every for row in one.rows])
+        self._append("eval.jsonl", [{**at, **row} for one in every for row in one.rows])
+        self._show(every)
+        self._watch(found)
         self.evaluation_due, self.evaluated_at = False, self.update
         names = {row["reward"] for row in found.rows} & {PROXY, GOLD}
         self.scores = {name: found.mean(name) for name in sorted(names, reverse=True)}
         self.bar.evaluated(self.update, self.scores)
         self._keep_best(self.scores.get(PROXY, math.nan))
+
+    def _show(self, every: Sequence[Evaluation]) -> None:
+        """Tells the watchers what the evaluations found, the main one without the name of its split."""
+        if not self.watchers:
+            return
+        names: dict[str, tuple[Evaluation, str]] = {}
+        for number, one in enumerate(every):
+            for row in one.rows:
+                names.setdefault(f"{row['split']}/{row['reward']}" if number else row["reward"], (one, row["reward"]))
+        means = {name: one.mean(reward) for name, (one, reward) in names.items()}
+        self.watchers.tell("evaluation", self.update, {name: mean for name, mean in means.items() if mean == mean})
+        if every[0].videos is not None:
+            self.watchers.tell("videos", self.update, every[0].videos, every[0].prompts, self._fps())
+
+    def _fps(self) -> float:
+        spec = getattr(getattr(self.env, "model", None), "spec", None)
+        return float(getattr(spec, "fps", 8.0))
+
+    def _watch(self, found: Evaluation) -> None:
+        """Writes down and says what the alarm finds in this evaluation, compared with all before it."""
+        if self.alarm is None or not found.rows:
+            return
+        new = []
+        if self.ranks.main:
+            split = found.rows[0]["split"]
+            rows = [row for row in read_rows(self.folder / "eval.jsonl") if row["split"] == split]
+            new = [one for one in alarms(rows, self.alarm) if one["update"] == self.update]
+        new = self.ranks.agreed(new)
+        if new:
+            self._append(ALARMS, new)
+            self.alarmed = self.alarmed or self.alarm.stop
+        for one in new:
+            self.bar.say(message(one))
+            self.watchers.tell("alarm", one, message(one))
 
     def _keep_best(self, reward: float) -> None:
         """Marks this update's checkpoint, and writes one if need be, where its reward is the highest so far."""
@@ -238,10 +344,12 @@ class Loop:
                 return
             self._checkpoint()
         with writing(self.folder):
-            self.store.mark_best(self.update, reward)
+            if self.ranks.main:
+                self.store.mark_best(self.update, reward)
+            self.store.best_update, self.store.best_reward = self.update, reward
 
     def _save_videos(self, found: Evaluation) -> None:
-        if found.videos is None:
+        if found.videos is None or not self.ranks.main:
             return
         prompt_ids, noise_seeds = zip(*found.pairs, strict=True)
         data = io.BytesIO()
@@ -253,9 +361,18 @@ class Loop:
             prompts=np.array(found.prompts),
         )
         (self.folder / "samples").mkdir(exist_ok=True)
-        replace_file(self.folder / "samples" / f"eval_{self.update:06d}.npz", data.getvalue())
+        path = self.folder / "samples" / f"eval_{self.update:06d}.npz"
+        if self.sample_mp4:
+            save_samples(path.with_suffix(""), found.videos, found.prompts, self._fps())
+        replace_file(path, data.getvalue())
 
     def _checkpoint(self) -> None:
+        """Writes one.
+
+        Raises:
+            RuntimeError: the weights of the processes have come apart.
+        """
+        self._check_together()
         with self.meter.phase("checkpoint"), writing(self.folder):
             state = {
                 "update": self.update,
@@ -265,12 +382,15 @@ class Loop:
                 "skipped": self.skipped,
                 "skipped_in_row": self.skipped_in_row,
                 "scores": self.scores,
+                "alarmed": self.alarmed,
+                "halvings": self.halvings,
                 "algorithm": self.algorithm.state_dict(),
                 "meter": self.meter.state_dict(),
                 "random": get_random_state(self.meter.device),
             }
-            sync_logs(self.folder)
-            self.store.save(self.update, state, self.policy)
+            if self.ranks.main:
+                sync_logs(self.folder)
+                self.store.save(self.update, state, self.policy)
         self.saved_at = self.update
 
     def restore(self, path: Path, state: Mapping[str, Any]) -> None:
@@ -283,6 +403,9 @@ class Loop:
             raise TypeError(
                 f"{type(self.policy).__name__} has no load(folder): give it one that reads what its save(folder) wrote"
             )
+        self.halvings = [dict(one) for one in state.get("halvings", [])]
+        if self.halvings:
+            set_micro_batch(self.algorithm, self.halvings[-1]["micro_batch"])
         self.policy.load(path / "policy")
         self.algorithm.load_state_dict(state["algorithm"])
         self.meter.load_state_dict(state["meter"])
@@ -292,19 +415,14 @@ class Loop:
         self.evaluated_at = int(state["evaluated_at"])
         self.schedule.next = float(state["next_evaluation"])
         self.skipped, self.skipped_in_row = int(state["skipped"]), int(state["skipped_in_row"])
-        self.scores = dict(state["scores"])
+        self.scores, self.alarmed = dict(state["scores"]), bool(state["alarmed"])
 
     def finish(self, name: str, reason: str) -> None:
         """Writes DONE, INTERRUPTED or FAILED with the last counts, those of a dropped update included."""
+        if not self.ranks.main:
+            return
         last = {key: value for key, value in self.meter.row(self.update, {}).items() if value is not None}
         last["skipped_updates"] = self.skipped
+        self.watchers.tell("end", name)
         with writing(self.folder):
             replace_json(self.folder / name, {"reason": reason, **last})
-
-
-def _out_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    # torch has no class of its own for the CPU's memory
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)

@@ -5,6 +5,9 @@ update. On a GPU that is the wall time of the train phase times the devices held
 this process in the train phase, over all its threads: what other programs do on the machine does not enter, two
 threads count twice, and time spent waiting for another process counts nothing. Set-up, evaluation and checkpoints are
 timed too, but apart, so that anyone may add them back.
+
+Of several processes that train together every meter shows the costs of all: counts and CPU-seconds are sums, wall times
+are those of the first process, and a phase is over when all have ended it. Memory is each process's own.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import Any
 
 import torch
 
+from algos import distributed
 from algos.flops import DENOISER, Flops
 
 COUNTS = ("videos_sampled", "reward_queries", "reward_backward_queries", "denoiser_forwards", "denoiser_backwards")
@@ -68,6 +72,13 @@ def finite(value: Any) -> float | int | None:
         return int(value)
     number = float(value)
     return number if abs(number) < float("inf") else None
+
+
+def _of_all(spent: Mapping[str, float]) -> dict[str, float]:
+    """What all processes have spent: counts and CPU-seconds of all, wall times of the first."""
+    ranks = distributed.current()
+    summed = ("cpu", *COUNTS)
+    return ranks.totals({name: value if ranks.main or name in summed else 0.0 for name, value in spent.items()})
 
 
 def _snapshot(counters: Any) -> dict[str, float]:
@@ -139,18 +150,24 @@ class Meter:
         """
         if name not in PHASES:
             raise ValueError(f"unknown phase {name!r}: expected one of {', '.join(PHASES)}")
-        before = _snapshot(self.counters)
+        before, whole = _snapshot(self.counters), False
         self._synchronise()
         start, cpu_start = self.clock(), self.cpu_clock()
         try:
             yield
+            whole = True
         finally:
             self._synchronise()
-            self.seconds[name] += self.clock() - start
+            spent = {key: value - before[key] for key, value in _snapshot(self.counters).items()}
+            spent |= {"wall": self.clock() - start, "cpu": self.cpu_clock() - cpu_start}
+            if whole:  # the others may not come here otherwise
+                spent = _of_all(spent)
+            self.seconds[name] += spent.pop("wall")
+            cpu = spent.pop("cpu")
             if name == "train":
-                self.cpu_s += self.cpu_clock() - cpu_start
-                for key, value in _snapshot(self.counters).items():
-                    self.totals[key] += value - before[key]
+                self.cpu_s += cpu
+                for key, value in spent.items():
+                    self.totals[key] += value
 
     def measure_flops(self) -> str:
         """Measures, in the setup phase, what calls that were made in training cost and is not known yet.

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from algos import distributed
 from algos.losses import dpo_loss
 from algos.training import optimiser_step
 from vdm_env import noise as keyed_noise
@@ -116,6 +117,8 @@ def pair_step(
 ) -> dict[str, float]:
     """One optimiser step on the mean loss of some pairs, `micro_batch` of them in each backward pass.
 
+    Where there are several processes all have the same pairs, and each makes the gradient of some of them.
+
     Args:
         optimizer: over `parameters`.
         parameters: that are trained.
@@ -134,8 +137,10 @@ def pair_step(
     """
     count, totals = count_pairs(pairs), {name: 0.0 for name in ("loss", *PAIR_METRICS)}
     optimizer.zero_grad(set_to_none=True)  # of a step that failed half-way, out of memory for instance
-    for start in range(0, count, micro_batch):
-        part = {name: value[start : start + micro_batch] for name, value in pairs.items()}
+    ranks = distributed.current()
+    mine = ranks.rows(count)
+    for start in range(mine.start, mine.stop, micro_batch):
+        part = {name: value[start : min(start + micro_batch, mine.stop)] for name, value in pairs.items()}
         share = count_pairs(part) / count
         value, metrics = loss(part)
         (value * share).backward()
@@ -144,7 +149,7 @@ def pair_step(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     norm = optimiser_step(optimizer, parameters, max_grad_norm)
-    return {**totals, "grad_norm": float(norm)}
+    return {**ranks.totals(totals), "grad_norm": float(norm)}
 
 
 def mean_rows(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

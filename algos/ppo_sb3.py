@@ -33,9 +33,11 @@ from stable_baselines3.common.buffers import DictRolloutBuffer
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import DictRolloutBufferSamples
+from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
+from algos import distributed
 from algos.advantages import batch_advantages, group_advantages
 from algos.critic import StateValue
 from algos.training import (
@@ -146,6 +148,8 @@ class SB3PPO:
         self.env, self.policy, self.config = env, policy, config
         self.batches = num_batches(config.videos_per_rollout, env, "videos_per_rollout")
         self.parameters = policy.trainable_parameters()
+        ranks = distributed.current()
+        ranks.check_same(self.parameters)
         self.critic = StateValue(env, seed=config.seed)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.vec_env = SB3VecEnv(env, episodes=self.batches, baseline=config.baseline, bound=config.action_bound)
@@ -162,6 +166,7 @@ class SB3PPO:
             clip_range=config.clip_range,
             vf_coef=config.critic_coefficient,
             max_grad_norm=config.max_grad_norm,
+            normalize_advantage=ranks.world == 1,  # of several processes `_StepwiseBuffer` does it over all of them
             rollout_buffer_class=_StepwiseBuffer,
             rollout_buffer_kwargs={"rows": rows, "generator": self.generator},
             policy_kwargs={
@@ -180,6 +185,9 @@ class SB3PPO:
         self.model.set_logger(Logger(None, []))  # keeps the last values, prints and writes nothing
         self.optimizer = self.model.policy.optimizer
         self.optimizer.register_step_pre_hook(_refuse_bad_gradients)
+        if ranks.world > 1:  # SB3 clips right after its backward pass
+            for parameter in self.model.policy.parameters():
+                parameter.register_post_accumulate_grad_hook(_mean_gradient)
         start_stream(env, config.seed)  # from here on the env belongs to this algorithm
 
     def update(self) -> dict[str, float]:
@@ -202,11 +210,16 @@ class SB3PPO:
         dealt.clear()
         asked.clear()
         self.model.learn(total_timesteps=rows, log_interval=None)
+        ranks = distributed.current()
         reward = torch.cat(self.vec_env.rewards)
         found = {name.removeprefix("train/"): float(v) for name, v in self.model.logger.name_to_value.items()}
-        explained = found["explained_variance"]
+        explained = found.pop("explained_variance")
+        if ranks.world > 1:
+            buffer = self.model.rollout_buffer
+            columns = (ranks.gather(torch.from_numpy(c).flatten()).numpy() for c in (buffer.values, buffer.returns))
+            found, explained = ranks.means(found), float(explained_variance(*columns))
         # 0.5 E[(log r)^2] is the KL to second order, for log-ratios in nats; these are means over the elements
-        nats = (torch.cat(asked) - torch.cat(dealt)).double() * math.prod(self.env.mdp.latent_shape)
+        nats = ranks.gather((torch.cat(asked) - torch.cat(dealt)).double()) * math.prod(self.env.mdp.latent_shape)
         return {
             **reward_metrics(reward, self.env.group_size),
             "loss": found["loss"],
@@ -253,7 +266,7 @@ class SB3VecEnv(VecEnv):
         single = DenoisingEnv(env, observe_embedding=False, action_bound=bound)  # for its spaces
         self.env, self.episodes, self.baseline, self.bound = env, episodes, baseline, bound
         self.rewards: list[Tensor] = []
-        """[B] of each episode since the last reset, as the reward model gave them"""
+        """[B] of each episode since the last reset, of all processes, as the reward model gave them"""
         super().__init__(env.num_envs, single.observation_space, single.action_space)
 
     def reset(self) -> dict[str, np.ndarray]:
@@ -277,9 +290,12 @@ class SB3VecEnv(VecEnv):
         with torch.no_grad():
             obs, reward, terminated, _, _ = self.env.step(self._action)
         if bool(terminated.all()):
+            ranks = distributed.current()
+            reward = ranks.gather(reward)
             self.rewards.append(reward)
             grouped = self.baseline == "group"
             reward = group_advantages(reward, self.env.group_size) if grouped else batch_advantages(reward)
+            reward = ranks.own(reward)
             if len(self.rewards) < self.episodes:
                 obs, _ = self.env.reset()
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
@@ -382,9 +398,24 @@ class _StepwiseBuffer(DictRolloutBuffer):
                 actions=self.to_torch(self.actions[row]),
                 old_values=self.to_torch(self.values[row]),
                 old_log_prob=old_log_prob,
-                advantages=self.to_torch(self.advantages[row]),
+                advantages=_normalised(self.to_torch(self.advantages[row])),
                 returns=self.to_torch(self.returns[row]),
             )
+
+
+def _normalised(advantages: Tensor) -> Tensor:
+    """What SB3 does to a minibatch, over the rows of several processes; untouched where there is one."""
+    ranks = distributed.current()
+    everyone = ranks.gather(advantages)
+    return advantages if ranks.world == 1 else (advantages - everyone.mean()) / (everyone.std() + 1e-8)
+
+
+def _mean_gradient(parameter: Tensor) -> None:
+    """Called in the backward pass, when a parameter has its gradient: SB3's losses are means over a process's rows."""
+    ranks = distributed.current()
+    ranks.sum_gradients([parameter])
+    assert parameter.grad is not None
+    parameter.grad /= ranks.world
 
 
 def _refuse_bad_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:

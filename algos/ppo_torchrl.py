@@ -33,6 +33,7 @@ from torch import Tensor
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
 
+from algos import distributed
 from algos.advantages import batch_advantages, clip_advantages, group_advantages
 from algos.critic import StateValue
 from algos.training import (
@@ -200,9 +201,11 @@ class TorchRLPPO:
             FloatingPointError: the policy's or the critic's gradient is not finite; this optimiser step was not taken.
         """
         c = self.config
+        ranks = distributed.current()
         batches = [self._rollout() for _ in range(self.batches)]
-        reward = torch.cat([batch["next", "reward"][:, -1, 0] for batch in batches])
-        parts = self._parts(batches, self._standardised(reward))
+        reward = torch.cat([ranks.gather(batch["next", "reward"][:, -1, 0]) for batch in batches])
+        scores = torch.cat([ranks.own(part) for part in self._standardised(reward).chunk(self.batches)])
+        parts = self._parts(batches, scores)
         seen: list[dict[str, float]] = []
         norms = []
         for _ in range(c.num_inner_epochs):
@@ -210,14 +213,16 @@ class TorchRLPPO:
             if self.critic_parameters:
                 self._clip_critic()
             norms.append(optimiser_step(self.optimizer, self.parameters, c.max_grad_norm))
-        mean = {name: sum(row[name] for row in seen) / len(seen) for name in seen[0]}
+        mean = ranks.means({name: sum(row[name] for row in seen) / len(seen) for name in seen[0]})
+        largest = ranks.gather(torch.tensor([[row["max_ratio"] for row in seen]], dtype=torch.float64)).amax(0).tolist()
+        first = ranks.means({"ratio": seen[0]["mean_ratio"]})["ratio"]
         return {
             **reward_metrics(reward, self.env.group_size),
             "loss": mean["loss_objective"],
             "loss_critic": mean.get("loss_critic", 0.0),
             "ratio_mean": mean["mean_ratio"],
-            "ratio_max": max(row["max_ratio"] for row in seen),
-            "ratio_first_error": max(abs(seen[0]["mean_ratio"] - 1), abs(seen[0]["max_ratio"] - 1)),
+            "ratio_max": max(largest),
+            "ratio_first_error": max(abs(first - 1), abs(largest[0] - 1)),
             "clip_fraction": mean["clip_fraction"],
             "kl_old_nats": mean["kl_approx"] * self.elements * len(self.steps),
             "grad_norm": float(torch.stack(norms).mean()),
@@ -248,7 +253,8 @@ class TorchRLPPO:
                 self.gae(batch)
         advantage = torch.stack([batch["advantage"][:, self.steps] for batch in batches])
         if self.gae is not None:
-            advantage = batch_advantages(advantage.flatten()).view_as(advantage)
+            ranks = distributed.current()
+            advantage = ranks.own(batch_advantages(ranks.gather(advantage.flatten()))).view_as(advantage)
         advantage = clip_advantages(advantage, self.config.adv_clip_max)
         parts = []
         for batch, values in zip(batches, advantage, strict=True):
@@ -259,6 +265,7 @@ class TorchRLPPO:
 
     def _accumulate(self, part: TensorDict, count: int) -> dict[str, float]:
         """Adds the gradient of one part's share of the mean loss; one graph is alive at a time."""
+        count *= distributed.current().world
         found = self.loss(part)
         total = found["loss_objective"]
         if self.critic is not None:
@@ -268,6 +275,7 @@ class TorchRLPPO:
 
     def _clip_critic(self) -> None:
         """Clips the critic's gradient; one that is not finite is refused, as `optimiser_step` refuses the policy's."""
+        distributed.current().sum_gradients(self.critic_parameters)
         norm = torch.nn.utils.clip_grad_norm_(self.critic_parameters, self.config.max_grad_norm)
         if not torch.isfinite(norm):
             self.optimizer.zero_grad(set_to_none=True)

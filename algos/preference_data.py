@@ -18,10 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from algos.checkpoint import file_sha256
 from algos.pairs import Pairs
 from algos.preference_files import AGAIN, INDEX, DamagedDataError, digest, read_index, total_cost
 from algos.preferences import Strategy, preference_pairs
+from vdm_env.checksums import file_sha256
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

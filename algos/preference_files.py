@@ -33,10 +33,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from algos.checkpoint import file_sha256, sync
+from algos.checkpoint import sync
 from algos.provenance import plain
 from algos.run_files import replace_json
 from vdm_env import __version__
+from vdm_env.checksums import file_sha256
 
 FORMAT = 1
 INDEX = "index.json"
@@ -86,6 +87,10 @@ class PreferenceWriter:
     def groups(self) -> int:
         """Groups written so far."""
         return sum(len(shard["prompts"]) for shard in self._index["shards"])
+
+    def read_again(self) -> None:
+        """Takes over what another process of this run has written since."""
+        self._index = read_index(self.folder)
 
     def cost(self, groups: int) -> dict[str, float] | None:
         """What the first groups have cost, see `total_cost`."""

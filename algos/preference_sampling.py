@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from algos import distributed
 from algos.preference_data import PreferenceData
 from algos.preference_files import COSTS, PreferenceWriter
 from vdm_env import noise
@@ -47,8 +48,13 @@ class Groups:
     cost: dict[str, float]
 
     def append_to(self, writer: PreferenceWriter) -> None:
-        """Writes them as one shard."""
-        writer.append(self.prompts, self.latents, self.reward, self.scores, self.video_seeds, self.cost)
+        """Writes them as one shard; of several processes, which all have them and see one folder, the first writes."""
+        ranks = distributed.current()
+        if ranks.main:
+            writer.append(self.prompts, self.latents, self.reward, self.scores, self.video_seeds, self.cost)
+        ranks.wait()
+        if not ranks.main:
+            writer.read_again()
 
     def after(self, number: int) -> Groups:
         """Those after the first so many, with their share of the cost."""
@@ -126,7 +132,7 @@ def sample_groups(
 
     The episodes run on a twin of the env, which costs the env nothing but what its counters say: neither its episode
     nor its stream of prompts and noise changes. The twin has the env's batch size, whatever N is; where the last batch
-    is not full, its last video is sampled again and dropped.
+    is not full, its last video is sampled again and dropped. Several processes share the work; all return everything.
 
     Args:
         env: vector env.
@@ -152,14 +158,16 @@ def sample_groups(
     ids = [prompts[g % len(prompts)] for g in numbers for _ in range(candidates)]
     seeds = [video_seed(seed, g, c) for g in numbers for c in range(candidates)]
     latents, reward, scores = [], [], []
+    ranks = distributed.current()
+    width = env.num_envs * ranks.world
     with policy.reference() if weights == "reference" else nullcontext():
-        for start in range(0, len(ids), env.num_envs):
-            part = slice(start, start + env.num_envs)
-            found = _episode(twin, policy, _filled(ids[part], env.num_envs), _filled(seeds[part], env.num_envs))
+        for start in range(0, len(ids), width):
+            part, mine = slice(start, start + width), ranks.rows(width)
+            found = _episode(twin, policy, _filled(ids[part], width)[mine], _filled(seeds[part], width)[mine])
             used = len(ids[part])
-            latents.append(found[0][:used])
-            reward.append(found[1][:used])
-            scores.append({name: value[:used] for name, value in found[2].items()})
+            latents.append(ranks.gather(found[0])[:used])
+            reward.append(ranks.gather(found[1])[:used])
+            scores.append({name: ranks.gather(value)[:used] for name, value in found[2].items()})
     shape = (len(numbers), candidates)
     names = list(scores[0])
     return Groups(
@@ -168,7 +176,7 @@ def sample_groups(
         reward=torch.cat(reward).reshape(shape),
         scores={name: torch.cat([row[name] for row in scores]).reshape(shape) for name in names},
         video_seeds=torch.tensor(seeds).reshape(shape),
-        cost=_spent(before, env.mdp.counters),
+        cost=ranks.totals(_spent(before, env.mdp.counters)),
     )
 
 

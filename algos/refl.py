@@ -27,7 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from algos import losses
+from algos import distributed, losses
 from algos.reward_checks import check_differentiable, check_graph, check_one_clip
 from algos.training import (
     adamw,
@@ -132,22 +132,22 @@ class ReFL:
             FloatingPointError: the gradient is not finite; nothing was changed.
             ValueError: the reward has no graph although it says that it is differentiable.
         """
-        c = self.config
+        c, ranks = self.config, distributed.current()
         rewards, loss_sum, step_sum = [], 0.0, 0
         for _ in range(self.batches):
             step = self._draw_step()
             reward = self._estimate(step)
             check_graph(reward, self.env)
             loss = losses.reward_loss(reward, c.loss, target=c.loss_target)
-            loss = c.loss_coefficient * loss / self.batches
+            loss = c.loss_coefficient * loss / (self.batches * ranks.world)
             loss.backward()
-            rewards.append(reward.detach())
+            rewards.append(ranks.gather(reward.detach()))
             loss_sum += float(loss.detach())
             step_sum += step
         norm = optimiser_step(self.optimizer, self.parameters, self.config.max_grad_norm)
         return {
             **reward_metrics(torch.cat(rewards), self.env.group_size),
-            "loss": loss_sum,
+            "loss": ranks.total(loss_sum),
             "grad_norm": float(norm),
             "learning_rate": self.config.learning_rate,
             "step_mean": step_sum / self.batches,

@@ -70,6 +70,11 @@ def go_on(loop: Loop, old: dict[str, Any], about: Mapping[str, Any]) -> None:
             loop.bar.say(f"{problem}; taking the one of update {state['update']} instead")
         loop.restore(path, state)
         best = state["best"]
+    loop.ranks.wait()  # until all have read, before the first process takes the folder back
+    if not loop.ranks.main:
+        if best is not None:
+            loop.store.best_update, loop.store.best_reward = int(best["update"]), float(best["reward"])
+        return
     changed = [name for name in _MACHINE if old.get(name) != about[name]]
     if changed:
         loop.bar.say(f"{', '.join(changed)} changed since the run began: results may differ in the last bits")

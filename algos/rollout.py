@@ -9,12 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from algos import distributed
 from vdm_env import noise
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Rollout:
-    """One run of a vector env from noise to video. B: env.num_envs; S: env.num_steps. Nothing in it carries a graph."""
+    """One run of a vector env from noise to video, this process's part of it where there are several.
+
+    B: env.num_envs; S: env.num_steps. Nothing in it carries a graph.
+    """
 
     observations: list[dict[str, Tensor]]
     """S dicts, as the env gave them: latents x_k, timestep, step, action_std, prompt_id, video_seed, ..."""
@@ -70,6 +74,15 @@ def collect(
     )
 
 
+def gathered(rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor]:
+    """Rewards and prompt ids [N] of some rollouts in turn, those of all processes.
+
+    Each rollout's are its chunk of N, and in it this process's are `distributed.current().own(chunk)`.
+    """
+    gather = distributed.current().gather
+    return torch.cat([gather(r.reward) for r in rollouts]), torch.cat([gather(r.prompt_id) for r in rollouts])
+
+
 def rows(rollout: Rollout, step: int, start: int, stop: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Observation, action and old log-probability of videos start..stop-1 at one denoising step."""
     obs = {name: value[start:stop] for name, value in rollout.observations[step].items()}
@@ -78,23 +91,23 @@ def rows(rollout: Rollout, step: int, start: int, stop: int) -> tuple[dict[str, 
 
 @torch.no_grad()
 def sample_videos(env: Any, policy: Any, batches: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Finished videos of the env's stream, for methods that need no trajectories.
+    """Finished videos of the env's stream, those of all processes, for methods that need no trajectories.
 
     Args:
         env: vector env.
         policy: called as policy(obs).
-        batches: runs of the env, >= 1; N = batches * env.num_envs.
+        batches: runs of the env, >= 1; N = batches * env.num_envs, times the number of processes.
 
     Returns:
         Clean latents [N,C,F,H,W], prompt ids [N] int64 and rewards [N] (at least float32), on the CPU.
     """
-    sampled = []
+    sampled, gather = [], distributed.current().gather
     for _ in range(batches):
         obs, _ = env.reset()
         reward = torch.empty(0)
         for _ in range(env.num_steps):
             obs, reward, *_ = env.step(policy(obs))
         # the last observation holds what was decoded
-        sampled.append((obs["latents"].cpu(), obs["prompt_id"].cpu(), reward.cpu()))
+        sampled.append(tuple(gather(value.cpu()) for value in (obs["latents"], obs["prompt_id"], reward)))
     clean, prompt_id, rewards = (torch.cat([batch[i] for batch in sampled]) for i in range(3))
     return clean, prompt_id, rewards.to(torch.promote_types(rewards.dtype, torch.float32))

@@ -18,12 +18,15 @@ from safetensors import SafetensorError
 from algos.checkpoint import sync
 
 ENDINGS = ("DONE", "INTERRUPTED", "FAILED")
-LOGS = ("train.jsonl", "eval.jsonl")
-OWN = (*ENDINGS, "checkpoints", "samples", *LOGS, "run.json")
+LOGS = ("train.jsonl", "eval.jsonl", "alarms.jsonl")
+TENSORBOARD, WANDB, WANDB_STATE = "tensorboard", "wandb", "wandb.json"  # of `algos.watchers`
+OWN = (*ENDINGS, "checkpoints", "samples", TENSORBOARD, WANDB, WANDB_STATE, *LOGS, "run.json")
 """Everything of a run, in the order in which it is removed: `run.json` last, because a run that lost its checkpoints in
 a crash before begins anew when it is resumed, and files without `run.json` are nobody's."""
 # What must agree for a run to be continued. Of the task, what only describes the run may change.
-_SAME = ("algo", "config", "task", "seed", "env", "budget_device_s", "budget_updates", "eval_every", "dtype")
+_SAME = (
+    "algo", "config", "task", "seed", "env", "budget_device_s", "budget_updates", "eval_every", "dtype", "stops_at",
+)  # fmt: skip
 _TOLD = ("task.command", "task.question", "task.limits")
 
 
@@ -103,9 +106,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def rows_as_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Rows as lines of JSON."""
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Adds lines of JSON; where the disk is full, none of them."""
-    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    data = rows_as_bytes(rows)
     with path.open("ab", buffering=0) as file:
         before = file.tell()
         try:
@@ -139,7 +147,8 @@ def go_back(folder: Path, update: int, evaluated_at: int) -> int:
     Args:
         folder: of the run.
         update: the checkpoint's; later rows of train.jsonl go.
-        evaluated_at: update of the last evaluation before the checkpoint, -1: none; later rows of eval.jsonl go.
+        evaluated_at: update of the last evaluation before the checkpoint, -1: none; later rows of eval.jsonl and
+            alarms.jsonl go.
 
     Returns:
         How many updates were in the log and will be done again.
@@ -147,19 +156,21 @@ def go_back(folder: Path, update: int, evaluated_at: int) -> int:
     Raises:
         ValueError: the log does not reach to the checkpoint, or is damaged; nothing was changed.
     """
-    train, evals = (read_rows(folder / name) for name in LOGS)
+    train, evals, alarms = (read_rows(folder / name) for name in LOGS)
     kept = [row for row in train if row["update"] <= update]
     if [row["update"] for row in kept] != list(range(1, update + 1)):
         raise ValueError(
             f"{folder / LOGS[0]} does not hold the rows 1 to {update} that its checkpoint was taken after: "
             "put the file back, or begin the run anew with fresh=True"
         )
-    for name, rows in zip(LOGS, (kept, [row for row in evals if row["update"] <= evaluated_at]), strict=True):
+    before = ([row for row in rows if row["update"] <= evaluated_at] for rows in (evals, alarms))
+    for name, rows in zip(LOGS, (kept, *before), strict=True):
         if (folder / name).exists():
-            replace_file(folder / name, "".join(json.dumps(row) + "\n" for row in rows).encode())
+            replace_file(folder / name, rows_as_bytes(rows))
     for path in (folder / "samples").glob("eval_*"):
-        if path.suffix != ".npz" or int(path.stem.removeprefix("eval_")) > evaluated_at:
-            path.unlink()
+        number = path.stem.removeprefix("eval_")
+        if path.suffix not in ("", ".npz") or not number.isdecimal() or int(number) > evaluated_at:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     for path in folder.glob("*.part"):
         path.unlink()
     return len(train) - len(kept)

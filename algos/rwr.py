@@ -25,8 +25,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from algos import distributed
 from algos.losses import best_of_group_weights, softmax_weights, sparse_weights, weighted_regression
 from algos.losses.forward_process import raw_weights
+from algos.pairs import draw_noise, noise_of
 from algos.reward_checks import check_one_clip
 from algos.rollout import sample_videos
 from algos.training import (
@@ -75,7 +77,7 @@ class RWRConfig:
     videos_per_step: int = 32
     """videos of one optimiser step, drawn without replacement from those with weight > 0; a pass's last has the rest"""
     micro_batch: int = 16
-    """videos per backward pass, the knob for memory"""
+    """videos per backward pass (in each process), the knob for memory"""
     seed: int = 0
     """of the env's stream of prompts and noise, of shuffling, timesteps and training noise"""
 
@@ -181,19 +183,23 @@ class RWR:
 
     def _step(self, clean: Tensor, prompt_id: Tensor, weight: Tensor) -> tuple[float, float]:
         """One optimiser step; its loss and gradient norm."""
-        total = 0.0
-        width = self.config.micro_batch
-        for x0, prompts, w in zip(clean.split(width), prompt_id.split(width), weight.split(width), strict=True):
-            loss = self._loss(x0.to(self.env.device), prompts, w.to(self.env.device)) * (len(x0) / len(clean))
+        total, width, ranks = 0.0, self.config.micro_batch, distributed.current()
+        self.optimizer.zero_grad(set_to_none=True)  # of a step that failed half-way, out of memory for instance
+        drawn, mine = draw_noise(len(clean), self.env.mdp, self.generator), ranks.rows(len(clean))
+        for start in range(mine.start, mine.stop, width):
+            part = slice(start, min(start + width, mine.stop))
+            noise = noise_of(drawn["noise_seed"][part], clean.shape[1:])
+            columns = (clean[part], noise, drawn["t"][part], weight[part])
+            x0, noise, t, w = (column.to(self.env.device) for column in columns)
+            loss = self._loss(x0, noise, t, w, prompt_id[part]) * (len(x0) / len(clean))
             loss.backward()
             total += float(loss.detach())
-        return total, float(optimiser_step(self.optimizer, self.parameters, self.config.max_grad_norm))
+        norm = optimiser_step(self.optimizer, self.parameters, self.config.max_grad_norm)
+        return ranks.total(total), float(norm)
 
-    def _loss(self, x0: Tensor, prompts: Tensor, weight: Tensor) -> Tensor:
-        """At timesteps and noise drawn anew."""
-        mdp = self.env.mdp
-        noise = torch.randn(x0.shape, generator=self.generator).to(x0)
-        t = mdp.schedule.sample_timesteps(len(x0), self.generator).to(x0.device)
+    def _loss(self, x0: Tensor, noise: Tensor, t: Tensor, weight: Tensor, prompts: Tensor) -> Tensor:
+        """Of videos at timesteps t with their noise."""
+        mdp, noise = self.env.mdp, noise.to(x0)
         prediction = self.policy.predict(mdp.add_noise(x0, noise, t), t, prompts)
         return weighted_regression(prediction, mdp.target(x0, noise, t), weight)
 

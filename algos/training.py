@@ -11,36 +11,43 @@ from typing import Any, TypeVar, get_args
 import torch
 from torch import Tensor
 
+from algos import distributed
 from algos.advantages import zero_std_fraction
 
 Config = TypeVar("Config")
 
 
 def num_batches(videos: int, env: Any, name: str) -> int:
-    """How many times the env has to be run for so many videos.
+    """How many times the env has to be run for so many videos, by all processes side by side.
 
     Args:
-        videos: asked for, >= 1.
-        env: has `num_envs`, the videos of one run.
+        videos: asked for, >= 1, of all processes.
+        env: has `num_envs`, the videos of one run in one process.
         name: of the config field, for the message.
 
     Raises:
-        ValueError: not a positive multiple of `env.num_envs`.
+        ValueError: not a positive multiple of `env.num_envs` times the number of processes.
     """
-    if videos < 1 or videos % env.num_envs:
-        near = max(1, round(videos / env.num_envs)) * env.num_envs
+    world = distributed.current().world
+    together = env.num_envs * world
+    if videos < 1 or videos % together:
+        near = max(1, round(videos / together)) * together
+        of = f" in {world} processes" if world > 1 else ""
         raise ValueError(
-            f"{name} is {videos}, expected a positive multiple of the env's num_envs={env.num_envs}; "
-            f"set {name}={near}, or make the env with a num_envs that divides {videos}"
+            f"{name} is {videos}, expected a positive multiple of the env's num_envs={env.num_envs}{of}; "
+            f"set {name}={near}, or make the env with a num_envs that divides {videos // world if of else videos}"
         )
-    return videos // env.num_envs
+    return videos // together
 
 
 def start_stream(env: Any, seed: int) -> None:
     """Puts the env at the beginning of the stream of prompts and noise of a seed, which its next `reset()` draws from.
 
+    Where several processes train together, the env becomes this one's part of the wider env.
+
     Not `env.reset(seed=seed)`: that draws a batch, which nobody would use and whose size would shift all later videos.
     """
+    distributed.shard_env(env)
     env.load_state_dict({"seed": seed, "videos_drawn": 0, "groups_drawn": 0})
 
 
@@ -110,7 +117,11 @@ def adamw(parameters: Sequence[Tensor], config: Any) -> torch.optim.AdamW:
 
     They stay the config's when a saved state is loaded: torch would take the saved ones, and a run that is continued
     with another learning rate would not use it.
+
+    Raises:
+        RuntimeError: processes that train together have different parameters.
     """
+    distributed.current().check_same(parameters)
     settings = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, **settings)
 
@@ -123,11 +134,11 @@ def adamw(parameters: Sequence[Tensor], config: Any) -> torch.optim.AdamW:
 
 
 def optimiser_step(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], max_grad_norm: float) -> Tensor:
-    """Clips the accumulated gradient, steps and clears it.
+    """Adds up the processes' gradients, clips the sum, steps and clears it.
 
     Args:
         optimizer: over `parameters`.
-        parameters: with gradients.
+        parameters: with gradients: of each process its share of the whole loss.
         max_grad_norm: > 0, bound on the L2 norm over all of them.
 
     Returns:
@@ -136,6 +147,7 @@ def optimiser_step(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor
     Raises:
         FloatingPointError: the gradient is NaN or infinite; the parameters are left as they were.
     """
+    distributed.current().sum_gradients(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     if not torch.isfinite(norm):
         optimizer.zero_grad(set_to_none=True)
@@ -149,7 +161,7 @@ def optimiser_step(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor
 
 
 def reward_metrics(reward: Tensor, group_size: int) -> dict[str, float]:
-    """Mean and spread of the training rewards [B]; groups of one count as one group of the whole batch."""
+    """Mean and spread of training rewards [B], those of all processes; groups of one count as one group of them all."""
     reward = reward.detach()
     size = group_size if group_size > 1 else reward.numel()
     return {

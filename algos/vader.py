@@ -29,7 +29,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from algos import losses
+from algos import distributed, losses
 from algos.reward_checks import check_differentiable, check_graph
 from algos.training import (
     adamw,
@@ -225,20 +225,20 @@ class VADER:
             FloatingPointError: the gradient is not finite; nothing was changed.
             ValueError: the reward has no graph although it says that it is differentiable.
         """
-        c = self.config
+        c, ranks = self.config, distributed.current()
         rewards, loss_sum, depth = [], 0.0, 0
         for _ in range(self.batches):
             cut = self._cut()
             reward = self._sample(cut)
             loss = c.loss_coefficient * losses.reward_loss(reward, c.loss, target=c.loss_target, scale=c.loss_scale)
-            (loss / self.batches).backward()
-            rewards.append(reward.detach())
+            (loss / (self.batches * ranks.world)).backward()
+            rewards.append(ranks.gather(reward.detach()))
             loss_sum += float(loss.detach())
             depth += self.env.num_steps - cut
         norm = optimiser_step(self.optimizer, self.parameters, self.config.max_grad_norm)
         return {
             **reward_metrics(torch.cat(rewards), self.env.group_size),
-            "loss": loss_sum / self.batches,
+            "loss": ranks.total(loss_sum) / (self.batches * ranks.world),
             "grad_norm": float(norm),
             "learning_rate": self.config.learning_rate,
             "backprop_steps": depth / self.batches,

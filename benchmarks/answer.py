@@ -18,6 +18,7 @@ from benchmarks.summary import (
     unmeasured,
 )
 
+_NOTHING = Interval(float("nan"), float("nan"), float("nan"), 0)
 _SHORT = 3  # with more algorithms than these, the sentence ranks them instead of describing each
 
 
@@ -94,18 +95,20 @@ def _chain(summaries: Sequence[Summary]) -> str:
         return "no algorithm was evaluated after training"
     text, units = order[0].algo, set()
     for a, b in pairwise(order):
-        interval, unit = difference(a, b) if _share_a_seed(a, b) else (Interval(0.0, float("nan"), float("nan"), 0), "")
+        interval, unit = difference(a, b) if _share_a_seed(a, b) else (_NOTHING, "")
         units.add(explain_unit(unit, interval))
-        text += f" {'>' if interval.low > 0 else '~'} {b.algo}"
+        # Prompts of a single run tell nothing about another seed, so they rank nobody.
+        text += f" {'>' if unit == 'runs' and interval.low > 0 else '~'} {b.algo}"
     changes = [summary.changes[PROXY] for summary in order]
-    raised = sum(change.difference.excludes_zero and change.difference.centre > 0 for change in changes)
+    seeds = [change for change in changes if change.unit == "runs"]
+    raised = sum(change.difference.low > 0 for change in seeds)
     best = changes[0]
-    said = (
-        f"{raised} of {len(order)} algorithms clearly raise it, the best being {order[0].algo} ({show(best.before)} to "
-        f"{show(best.after)}); the ranking at equal cost ({order[0].cost:.0f} device-seconds) is {text}, where > "
-        f"stands between neighbours that the paired difference tells apart and ~ between those it does not "
-        f"({'; '.join(sorted(units))})"
+    said = f"{raised} of {len(order)} algorithms clearly raise it over seeds" if seeds else "too few seeds to decide"
+    said += (
+        f", the best in the mean being {order[0].algo} ({show(best.before)} to {show(best.after)}); the ranking at "
+        f"equal cost ({order[0].cost:.0f} device-seconds) is {text}, where > stands between neighbours that the paired "
+        f"difference over seeds tells apart and ~ between those it does not ({'; '.join(sorted(units))})"
     )
-    down = [summary.algo for summary in order if over_optimised(summary)]
+    down = [s.algo for s in order if over_optimised(s) and s.changes[PROXY].unit == "runs"]
     said += f"; over-optimisation (reward up, gold score down): {', '.join(down)}" if down else ""
     return said + (f"; not evaluated after training: {', '.join(rest)}" if rest else "")

@@ -65,7 +65,8 @@ class Options:
     fresh: bool = False
     """remove earlier runs of these algorithms and seeds first"""
     jobs: int = 1
-    """runs side by side, each in a process of its own; 0: all in this process, which saves their start-up"""
+    """runs side by side, each in a process of its own (two on one GPU slow each other down, which counts as device
+    time); 0: all in this process, which saves their start-up"""
     num_threads: int = 1
     """CPU threads of each run"""
     device: str = "auto"
@@ -105,7 +106,7 @@ def benchmark_of(options: Options) -> Benchmark:
     if options.ahead:
         changes["expected_ahead"] = [ahead(text) for text in options.ahead]
     if options.smoke:  # what is asked for beside it counts
-        base = replace(smoke(replace(base, arms=changes.pop("arms", base.arms))), name="smoke")
+        base = smoke(replace(base, arms=changes.pop("arms", base.arms)))
     found = replace(base, **changes)
     found = replace(found, arms=with_settings(found.arms, options.set))
     check(found)

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from benchmarks.aggregate import Interval, Reached
-from benchmarks.plots import NARROW, WIDE, Line, centre_and_band, new_figure, style, wrapped
+from benchmarks.plots import NARROW, WIDE, Line, centre_and_band, new_figure, wrapped
+from benchmarks.saving import style
 
 _GAP = ((0, 0), (1, 1), (1, 1), (0, 0))  # a white pixel around every frame
 _SHADES = ("#3D3D3D", "#6E6E6E", "#9A9A9A", "#C4C4C4", "#E2E2E2")

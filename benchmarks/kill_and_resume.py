@@ -133,7 +133,7 @@ def compare(whole: Path, killed: Path) -> list[str]:
         ("weights", [end / "policy" for end in ends]),
         ("videos", [folder / "samples" for folder in (whole, killed)]),
     ):
-        names = [sorted(path.name for path in folder.iterdir()) for folder in (a, b)]
+        names = [sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file()) for folder in (a, b)]
         if names[0] != names[1] or any((a / name).read_bytes() != (b / name).read_bytes() for name in names[0]):
             found.append(what)
     return found

@@ -45,7 +45,7 @@ class BatchOptions:
     """What videos are made in training. None: what suits the algorithm and model."""
 
     num_envs: int | None = None
-    """videos side by side; a multiple of the group size"""
+    """videos side by side (in each process, where there are several); a multiple of the group size"""
     group_size: int | None = None
     """neighbouring videos that share a prompt"""
     decode_frames: str | None = None

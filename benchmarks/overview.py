@@ -141,7 +141,7 @@ def _cell(found: tuple[Interval, str] | None) -> str:
         return "-"
     interval, unit = found
     text = show_interval(interval, unit)
-    return f"**{text}**" if interval.excludes_zero else text
+    return f"**{text}**" if interval.excludes_zero and unit == "runs" else text
 
 
 def matrix_note(view: View) -> str:
@@ -149,6 +149,6 @@ def matrix_note(view: View) -> str:
     units = {explain_unit(unit, i) for i, unit in pair_differences(view.summaries).values() if np.isfinite(i.centre)}
     return (
         "Differences of the reward after training at equal cost, paired over shared seeds, prompts and noise "
-        f"({'; '.join(sorted(units)) or 'none measured'}). Bold: the interval excludes 0. Each interval is of its pair "
-        "alone; with many pairs some exclude 0 by chance."
+        f"({'; '.join(sorted(units)) or 'none measured'}). Bold: an interval over seeds excludes 0. Each is of its "
+        "pair alone; with many pairs some exclude 0 by chance."
     )

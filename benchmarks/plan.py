@@ -65,6 +65,8 @@ class Benchmark:
     """how much tuning each arm had, and where it is logged"""
     limits: Sequence[str] = ()
     """what the runs do not show"""
+    experiment: str = ""
+    """name in `benchmarks.experiments` of the finding of a paper that the report sets beside the runs"""
 
 
 def folder_name(label: str) -> str:

@@ -59,7 +59,7 @@ def merged(old: Mapping[str, Any] | None, benchmark: Benchmark, replaced: Sequen
             continue
         if key in _SAID_ONCE and not value:
             new[key] = old[key]
-        elif not (key in _LATER and not old[key]) and old.get(key) != value:
+        elif not (key in _LATER and not old[key]) and old.get(key, "") != value:
             found.append(f"{key}: {old.get(key)!r} there, {value!r} given")
     for arm in kept:
         given = asked.get(folder_name(arm["label"]))

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -20,19 +15,10 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from benchmarks.aggregate import locf, t_band
 from benchmarks.palette import Look, look
+from benchmarks.saving import style
 
 WIDE, NARROW = (7.2, 3.9), (3.7, 3.4)
 """Figure sizes in inches: a page, and a telephone (the same font size, so that it stays readable)."""
-_STYLE = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "axes.titlesize": 10,
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-}
 _LABEL_PT = 8.5  # size of the names at the ends of lines
 _CHARACTER_IN = 0.078  # about the width of one of their characters
 _LINE_IN = 0.15  # and their height
@@ -112,7 +98,9 @@ def curves(
 ) -> Figure:
     """Reward against a cost: every run thin, the mean thick, a t-band from three runs on, the untrained model dashed.
 
-    Dots are evaluations. Between two of them the line stays where it is: nothing is measured there.
+    Dots are evaluations. Between two of them the line stays where it is: nothing is measured there. Where an algorithm
+    ends so far below the untrained model that the others could not be told apart, the axis stops above it, and an arrow
+    with its last value stands by its name.
     """
     with style():
         size, right = _with_room(lines, size)
@@ -125,7 +113,7 @@ def curves(
                 thin: dict[str, Any] = {"lw": 0.7, "alpha": 0.4, "ms": 2} if many else {"lw": 1.8, "alpha": 1, "ms": 4}
                 axis.plot(x, y, color=own, ls="-" if many else dash, marker="o", drawstyle="steps-post", **thin)
             for x, y in _broken_off(line):
-                axis.plot(x[-1:], y[-1:], color=own, marker="x", ms=7, mew=1.8, ls="")
+                axis.plot(x[-1:], y[-1:], color=own, marker="x", ms=7, mew=1.8, ls="", zorder=5)
             grid, centre, low, high = centre_and_band(line) if many else (*line.runs[0], np.array(()), np.array(()))
             if many:
                 axis.plot(grid, centre, color=own, lw=2, ls=dash, drawstyle="steps-post")
@@ -141,12 +129,15 @@ def curves(
                 bbox={"fc": "white", "ec": "none", "alpha": 0.7, "pad": 0.5},
             )  # fmt: skip
         axis.margins(x=0.02, y=0.12)
+        bottom = _bottom(base, [y for _, _, y in ends])
+        if bottom is not None:
+            axis.set_ylim(bottom=bottom)
         if log_x:
             _log_x(axis, lines, size)
         else:
             axis.locator_params(axis="x", nbins=7 if size[0] >= WIDE[0] else 3)
         axis.set(xlabel=x_label, ylabel=y_label)
-        _label_ends(axis, ends, size)
+        _label_ends(axis, ends, size, bottom)
     return figure
 
 
@@ -188,11 +179,13 @@ def _log_x(axis: Axes, lines: Sequence[Line], size: tuple[float, float]) -> None
     """A logarithmic x axis with a 0 at its left: what nothing was spent on yet is there, a plain one would lose it."""
     positive = [float(value) for line in lines for x, _ in line.runs for value in x if value > 0]
     low, high = min(positive, default=1.0), max(positive, default=1.0)
-    axis.set_xscale("symlog", linthresh=low)
+    if high < 10 * low:  # less than a decade: the way from 0 to it would be most of the axis
+        return
+    axis.set_xscale("symlog", linthresh=low, linscale=0.5)
     axis.set_xlim(0, high * 1.2)
     # A few decades with names, none of them so near the 0 that the two would overlap.
     decades = [exponent for exponent in range(-12, 19) if low * 2 <= 10.0**exponent <= high * 1.1]
-    step = -(-len(decades) // (6 if size[0] >= WIDE[0] else 3)) or 1
+    step = -(-len(decades) // (6 if size[0] >= WIDE[0] else 2)) or 1
     ticks = [0.0, *(10.0**exponent for exponent in decades[::-1][::step][::-1])]
     if not decades:
         ticks = [0.0, high]
@@ -210,6 +203,17 @@ def _short(value: float) -> str:
 
 def _broken_off(line: Line) -> list[tuple[np.ndarray, np.ndarray]]:
     return [run for run, failed in zip(line.runs, line.failed, strict=True) if failed] if line.failed else []
+
+
+def _bottom(base: float | None, ends: Sequence[float]) -> float | None:
+    """Where the y axis is to stop, because an end below it would press the others together; None where none would.
+
+    Half of the best gain is left below the untrained model; an end may lie as deep as the best gain is high.
+    """
+    gain = max(ends, default=0.0) - base if base is not None else 0.0
+    if base is None or gain <= 0 or min(ends) >= base - gain:
+        return None
+    return base - 0.5 * gain
 
 
 def _last_finite(line: Line, x: np.ndarray, y: np.ndarray) -> list[tuple[Line, float, float]]:
@@ -250,13 +254,26 @@ def spread(wanted: Sequence[float], heights: Sequence[float], low: float, high: 
     return placed
 
 
-def _label_ends(axis: Axes, ends: Sequence[tuple[Line, float, float]], size: tuple[float, float]) -> None:
-    """Writes each algorithm's name beside the axes, with a thin line to the end of its curve; no two overlap."""
+def _label_ends(
+    axis: Axes, ends: Sequence[tuple[Line, float, float]], size: tuple[float, float], bottom: float | None = None
+) -> None:
+    """Writes each algorithm's name beside the axes, with a thin line to the end of its curve; no two overlap.
+
+    A curve that ends below `bottom` has its last value beside its name.
+    """
     axis.get_xlim(), axis.get_ylim()  # settles the limits, which text is placed by
     box = axis.get_window_extent()
     dpi = axis.figure.dpi
     known = sorted(ends, key=lambda end: axis.transData.transform((end[1], end[2]))[1])
-    texts = [wrapped(line.algo, size) for line, _, _ in known]
+    below = [bottom is not None and y < bottom for _, _, y in known]
+    texts = [
+        wrapped(line.algo, size) + (f"\n\N{DOWNWARDS ARROW} {y:.2g}" if under else "")
+        for (line, _, y), under in zip(known, below, strict=True)
+    ]
+    known = [
+        (line, x, bottom if under and bottom is not None else y)
+        for (line, x, y), under in zip(known, below, strict=True)
+    ]
     heights = [(text.count("\n") + 1) * _LINE_IN * dpi for text in texts]
     wanted = [float(axis.transData.transform((x, y))[1] - box.y0) for _, x, y in known]
     for (line, x, y), text, place in zip(
@@ -269,38 +286,3 @@ def _label_ends(axis: Axes, ends: Sequence[tuple[Line, float, float]], size: tup
             arrowprops={"arrowstyle": "-", "color": line.style.colour, "lw": 0.6, "alpha": 0.6,
                         "shrinkA": 0, "shrinkB": 2, "relpos": (0, 0.5)},
         )  # fmt: skip
-
-
-def style() -> Any:
-    """The fonts and axes of all figures, as a context."""
-    return matplotlib.rc_context(_STYLE)
-
-
-def svg_text(figure: Figure, name: str) -> str:
-    """The figure as an <svg> element for a page: no prologue, no metadata, ids that differ from other figures'."""
-    buffer = io.StringIO()
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = text[text.index("<svg") :]
-    # The ids of matplotlib's groups ("figure_1", "axes_1") are in every figure of a page; nothing uses them.
-    used = set(re.findall(r'(?:href="|url\()#([^")]+)', text))
-    return re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", text)
-
-
-def save_png(figure: Figure, path: Path) -> None:
-    """Writes the figure as a PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with style():
-        figure.savefig(path, dpi=150)
-
-
-def save(figure: Figure, stem: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Writes <stem>.svg, <stem>.png and, with the numbers behind the figure, <stem>.csv."""
-    save_png(figure, stem.with_suffix(".png"))
-    stem.with_suffix(".svg").write_text(svg_text(figure, stem.name), encoding="utf-8")
-    with stem.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)

@@ -6,13 +6,13 @@ Source: Agarwal et al. 2021 (arXiv:2108.13264). Only with two environments or mo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from benchmarks.aggregate import Interval, probability_of_improvement, stratified_bootstrap
 from benchmarks.records import PROXY
-from benchmarks.summary import Summary
+from benchmarks.summary import FEW, Summary
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,16 @@ def pool(tasks: Mapping[str, Sequence[Summary]]) -> Pooled | None:
     full = {algo: parts for algo, parts in scores.items() if len(parts) == len(scales)}
     if not full:
         return None
-    iqm = {algo: stratified_bootstrap(parts) for algo, parts in full.items()}
-    improvement = {(a, b): probability_of_improvement(full[a], full[b]) for a in full for b in full if a != b}
+    iqm = {algo: _enough(stratified_bootstrap(parts), parts) for algo, parts in full.items()}
+    improvement = {
+        (a, b): _enough(probability_of_improvement(full[a], full[b]), [*full[a], *full[b]])
+        for a in full
+        for b in full
+        if a != b
+    }
     return Pooled(scales, full, iqm, improvement)
+
+
+def _enough(found: Interval, parts: Sequence[np.ndarray]) -> Interval:
+    """The interval, or only its centre where an environment has fewer than three runs: resampling one shows nothing."""
+    return found if min(map(len, parts)) >= FEW else replace(found, low=float("nan"), high=float("nan"))

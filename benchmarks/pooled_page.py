@@ -36,7 +36,8 @@ def pooled_section(tasks: Mapping[str, Sequence[Summary]], root: Path) -> list[S
     note = (
         f"Rewards at each environment's common cost, normalised ({scales}). Interquartile mean over all runs with a 95 "
         "% stratified bootstrap over seeds (2,000 resamples), which covers less than 95 % with few seeds: about 84 % "
-        "with 3, 90 % with 5, 92 % with 10. P(above): probability that a run of the row ends above one of the column, "
+        "with 3, 90 % with 5, 92 % with 10; with fewer than 3 in an environment there is no interval. "
+        "P(above): probability that a run of the row ends above one of the column, "
         "mean over environments. Source: Agarwal et al. 2021, arXiv:2108.13264. Numbers: pooled.csv."
     )
     scores = [

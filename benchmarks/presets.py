@@ -1,4 +1,4 @@
-"""Benchmarks by name: a quick one, and the experiments of the papers. No torch."""
+"""Benchmarks by name: a quick one, and the experiments of the papers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def presets() -> dict[str, Benchmark]:
     """All benchmarks by name."""
     from benchmarks.experiments import EXPERIMENTS
 
-    return {"quick": QUICK, **{name: experiment.benchmark for name, experiment in EXPERIMENTS.items()}}
+    return {"quick": QUICK, **{name: replace(one.benchmark, experiment=name) for name, one in EXPERIMENTS.items()}}
 
 
 def preset(name: str) -> Benchmark:
@@ -68,6 +68,7 @@ def smoke(benchmark: Benchmark) -> Benchmark:
 
     return replace(
         benchmark,
+        name=f"smoke-{benchmark.experiment or benchmark.name}",
         arms=[small(arm) for arm in benchmark.arms],
         sampling={**(benchmark.sampling or {}), "num_envs": 8, "num_steps": 2, "guidance_scale": 1.0},
         seeds=benchmark.seeds[:1],

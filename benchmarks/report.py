@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import clips, page, plots
+from benchmarks import clips, experiments, page, plots
 from benchmarks.answer import answer
 from benchmarks.arguments import one_line
 from benchmarks.breakdown import bar_plates, frame_plates
@@ -27,6 +27,7 @@ from benchmarks.overview import matrix, matrix_note, table, table_note
 from benchmarks.page import Bullets, Clips, Code, Facts, Section, Table, Text
 from benchmarks.pooled_page import pooled_section
 from benchmarks.records import Run, by_task, check_comparable, read_plan, read_runs
+from benchmarks.saving import save, svg_text
 from benchmarks.summary import Summary, summarise
 from benchmarks.tables import write_tables
 from benchmarks.thresholds import default_threshold, given_threshold
@@ -90,7 +91,7 @@ def write_report(root: str | Path, extra_sections: Sequence[Section] = (), *, th
     title = first.reward if len(views) == 1 else ", ".join(views)
     title += f": {', '.join(first.groups) if len(first.groups) <= 3 else f'{len(first.groups)} algorithms'}"
     lead = [
-        Text(str(plan.get("question") or runs[0].task.get("question", _QUESTION)), "question"),
+        Text(str(plan.get("question") or runs[0].task.get("question") or _QUESTION), "question"),
         Text(_answers(views), "answer"),
     ]  # fmt: skip
     sections = [*_hypothesis(plan, views, set(apart))]
@@ -99,6 +100,7 @@ def write_report(root: str | Path, extra_sections: Sequence[Section] = (), *, th
         prefix = "" if len(views) == 1 else f"{_safe(name)}_"
         sections += _sections(view, root, prefix, "" if len(views) == 1 else f"{name}: ", _CLIP_BYTES // len(views))
         sections += extra_sections if index == len(views) - 1 else ()
+    sections += experiments.sections(str(plan.get("experiment", "")), runs)
     sections += _end(root, views, plan, runs, threshold)
     (root / "report.md").write_text(page.markdown(title, lead, sections), encoding="utf-8")
     path = root / "report.html"
@@ -116,9 +118,9 @@ def figure(plate: Plate, folder: Path, prefix: str = "") -> page.Figure:
     """Draws a plate, writes its SVG, PNG and CSV into `folder`, and returns it for a page."""
     name = prefix + plate.name
     wide, narrow = (plate.draw(size) for size in (plots.WIDE, plots.NARROW))
-    plots.save(wide, folder / name, plate.header, plate.rows)
-    svg = plots.svg_text(wide, f"{name} wide"), plots.svg_text(narrow, f"{name} narrow")
-    return page.Figure(plate.title, plate.text, name, *svg)
+    save(wide, folder / name, plate.header, plate.rows)
+    drawn = (folder / f"{name}.svg").read_text(encoding="utf-8")
+    return page.Figure(plate.title, plate.text, name, drawn, svg_text(narrow, f"{name} narrow"))
 
 
 def _parts(runs: Sequence[Run], plan: Mapping[str, Any]) -> tuple[list[Run], dict[str, list[Run]]]:

@@ -107,6 +107,18 @@ def start(config: TrainConfig, settings: Mapping[str, Any], *, command: str) -> 
         Exception: whatever stopped the training, which its folder records as FAILED.
     """
     started = time.perf_counter()
+    from algos import distributed
+
+    try:
+        ranks = distributed.current()  # before anything is built: it also gives every process a GPU of its own
+    except ValueError as error:
+        raise SetupError(one_line(error)) from error
+    with distributed.announcing():
+        return _start(config, settings, ranks, command=command, started=started)
+
+
+def _start(config: TrainConfig, settings: Mapping[str, Any], ranks: Any, *, command: str, started: float) -> Any:
+    """`start` in each of the processes, of which the first writes."""
     import algos
     from algos.zoo import recipe
 
@@ -120,11 +132,12 @@ def start(config: TrainConfig, settings: Mapping[str, Any], *, command: str) -> 
         built = build(config, settings)
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise SetupError(one_line(error)) from error
-    print(f"{config.algo} on {config.env}: {built.note}; every setting is in {folder / CONFIG}", flush=True)
+    if ranks.main:
+        print(f"{config.algo} on {config.env}: {built.note}; every setting is in {folder / CONFIG}", flush=True)
     every = config.evaluation.eval_every
     forwards = built.env.mdp.counters.denoiser_forwards
     try:
-        if not (there and config.resume):
+        if ranks.main and not (there and config.resume):
             write_yaml(folder / CONFIG, built.values, f"Repeat this run: vdm-env train --config {CONFIG} --out ...")
         return algos.run(
             built.algorithm,
@@ -134,6 +147,9 @@ def start(config: TrainConfig, settings: Mapping[str, Any], *, command: str) -> 
             evaluate=built.evaluators,
             eval_every=int(every) if every is not None and every.isdecimal() else every,
             checkpoint_every=config.checkpoint_every,
+            on_oom=config.on_oom,
+            watch=config.watch,
+            sample_mp4=config.sample_mp4,
             seed=config.seed,
             task=_task(config, built, command),
             algo=label,

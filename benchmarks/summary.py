@@ -12,7 +12,7 @@ from benchmarks.aggregate import Interval, area_under_curve, paired_difference, 
 from benchmarks.records import PROXY, Run, by_algorithm
 
 _SLACK = 1.1  # runs of one budget end a part of an update apart; up to this factor their costs count as equal
-_FEW = 3  # below this many runs an interval over runs says nothing
+FEW = 3  # below this many runs an interval over runs says nothing
 _NAN = float("nan")
 AXES = {"device_s": "device-seconds", "reward_queries": "reward queries"}
 """The costs at which algorithms are compared, and their units."""
@@ -83,7 +83,7 @@ def update_at(run: Run, cost: float, x: str = "device_s") -> int:
 
 def over_runs(values: Sequence[float]) -> Interval:
     """A t-interval from three runs on, below that only the mean; a run without a value makes it NaN, not smaller."""
-    if len(values) < _FEW or not np.isfinite(values).all():
+    if len(values) < FEW or not np.isfinite(values).all():
         return Interval(float(np.mean(values)) if len(values) else _NAN, _NAN, _NAN, len(values))
     return t_interval(values)
 
@@ -99,7 +99,7 @@ def _interval(pairs: Sequence[tuple[dict[int, float], dict[int, float]]]) -> tup
     if len(pairs) == 1:
         return paired_difference(*pairs[0])[0], "prompts"
     found = over_runs([paired_difference(after, before)[0].centre for after, before in pairs])
-    return found, "runs" if found.n >= _FEW else ""
+    return found, "runs" if found.n >= FEW else ""
 
 
 def _change(runs: Sequence[Run], at: Sequence[int], reward: str) -> Change | None:

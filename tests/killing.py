@@ -169,9 +169,9 @@ def assert_same_run(a, b):
     """Logs, videos, weights and the whole state of two finished run folders are equal."""
     for name in ("train.jsonl", "eval.jsonl"):
         assert rows(a / name) == rows(b / name), name
-    samples = [sorted(path.name for path in (folder / "samples").iterdir()) for folder in (a, b)]
+    samples = [sorted(path.relative_to(folder) for path in (folder / "samples").rglob("*.*")) for folder in (a, b)]
     assert samples[0] == samples[1]
-    for name in samples[0]:
+    for name in sorted(path.name for path in (a / "samples").glob("*.npz")):
         assert np.array_equal(np.load(a / "samples" / name)["videos"], np.load(b / "samples" / name)["videos"])
     ends = [newest_checkpoint(folder) for folder in (a, b)]
     assert [end.name for end in ends] == [ends[0].name] * 2

@@ -127,6 +127,8 @@ def test_help_and_usage_errors_need_no_torch() -> None:
         ("train --config nowhere.yaml", "cannot read the config file nowhere.yaml"),
         ("train --config nowhere.ini", "ends in .yaml"),
         ("bench --algo vadre --updates 1", "did you mean 'vader'"),
+        ("bench --preset quik", "did you mean 'quick'"),
+        ("bench --preset quick --algoo vader", "--algo"),
         ("study", None),
         ("study nowhere elsewhere", "nowhere is no run"),
         ("report", None),
@@ -282,7 +284,7 @@ def test_a_run_is_repeated_exactly_from_its_config(trained: Path, tmp_path: Path
 
 def test_settings_come_from_the_preset_or_the_paper() -> None:
     from algos.vader import VADERConfig
-    from benchmarks.runs import algorithm_config
+    from benchmarks.settings import algorithm_config
 
     found, note = algorithm_config(VADERConfig, "MovingShapes", {"eps": "1e-6"}, seed=3)
     assert (found.eps, found.seed) == (1e-6, 3) and note == "preset for MovingShapes"

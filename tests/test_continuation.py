@@ -7,8 +7,9 @@ import torch
 
 from tests.models import brightness, tiny_env
 from tests.svd import svd_env, tiny_svd
-from vdm_env import check_env_spec, noise, transition
+from vdm_env import check_env_spec, make, noise, transition
 from vdm_env.continuation import ContinuationVectorEnv
+from vdm_env.rewards import select_frames
 from vdm_env.single import DenoisingEnv
 
 CLIPS, STEPS, FRAMES = 3, 2, 4
@@ -254,6 +255,60 @@ def test_the_clean_estimate_is_of_the_clip_in_the_making(episode):
     middle = slice(FRAMES, 2 * FRAMES)
     assert torch.equal(estimate[:, :, middle], expected[:, :, middle])
     assert torch.equal(estimate[:, :, :FRAMES], x[:, :, :FRAMES])
+
+
+@pytest.mark.filterwarnings("ignore:.*random weights")
+@pytest.mark.parametrize("keep_graph", [False, True])
+def test_vjepa_rewards_the_joined_video(keep_graph):
+    """What VADER does with its image-to-video model: three clips, scored as one by V-JEPA, gradient into the policy."""
+    single = make("SVD-VJEPA", weights="random", scale="tiny", num_steps=STEPS)
+    env = ContinuationVectorEnv(single, CLIPS, keep_graph=keep_graph)
+    policy = env.make_policy(lora_rank=2)
+    seen, reward, info = run(env, policy)
+    assert len(seen) == CLIPS * STEPS + 1 and torch.isfinite(reward).all()
+    # The network takes as many frames as one clip has: evenly spread ones of all clips are what it sees.
+    chosen = select_frames(single.config.reward.frames, CLIPS * FRAMES)
+    assert len({int(frame) // FRAMES for frame in chosen}) == CLIPS and info["video"].shape[1] == len(chosen)
+    with torch.no_grad():
+        whole = env.mdp.decode(seen[-1]["latents"])
+        torch.testing.assert_close(info["video"], whole[:, chosen], rtol=0, atol=1e-5)
+        torch.testing.assert_close(reward, single.config.reward(whole[:, chosen], [""]), rtol=1e-4, atol=1e-5)
+    reward.sum().backward()
+    gradients = [p.grad for p in policy.trainable_parameters() if p.grad is not None]
+    assert any(bool(g.any()) for g in gradients) and all(bool(torch.isfinite(g).all()) for g in gradients)
+
+
+@pytest.mark.parametrize(
+    ("policy", "seen"),
+    [
+        ("all", range(12)),
+        ("alternate", range(0, 12, 2)),
+        ("first", [0]),
+        ("last", [11]),
+        ("middle3", [2, 6, 10]),
+        (2, [3, 9]),
+        ([5, -1], [5, 11]),
+        ("random2", None),
+        ("tsn3", None),
+    ],
+)
+def test_every_choice_of_frames_is_of_the_joined_video(episode, policy, seen):
+    env, actor, *_ = episode
+    chosen = env.derive(decode_frames=policy)
+    with torch.no_grad():
+        states, reward, info = run(chosen, actor)
+        whole = chosen.mdp.decode(states[-1]["latents"])
+    frames = chosen.mdp.frames_of(states[-1]["video_seed"])
+    if frames is None:
+        frames = torch.arange(CLIPS * FRAMES).expand(2, -1)
+    if seen is not None:
+        assert frames.tolist() == [list(seen)] * 2
+    else:
+        assert frames.max() < CLIPS * FRAMES and frames.shape[1] == int(policy[-1])
+        assert policy != "tsn3" or (frames // FRAMES).tolist() == [[0, 1, 2]] * 2, "one frame of each third"
+    expected = torch.stack([whole[row, frames[row]] for row in range(2)])
+    torch.testing.assert_close(info["video"], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(reward, brightness(info["video"], []))
 
 
 def test_what_cannot_be_is_refused(model, episode):

@@ -16,6 +16,8 @@ import algos
 from algos.zoo import ZOO, load
 from benchmarks import cli, curves, demo, training
 from benchmarks.arguments import one_line
+from benchmarks.plan import Arm
+from benchmarks.settings import overrides
 from tests.test_report import PROMPTS, Page, write_run
 
 
@@ -239,11 +241,13 @@ def test_every_algorithm_of_the_zoo_has_presets_for_the_embedded_models_and_trai
 ) -> None:
     setup = training.Setup(env_id=f"{model}-HPS", noise_seeds=[0])
     changes = {"folder": str(tmp_path / "data")} if algo in ("videodpo", "offline_dpo") else {}
+    arm = Arm(label=algo, algo=algo, settings=changes)
     if algo == "offline_dpo":
         with pytest.raises(FileNotFoundError, match="data"):
-            training.build(algo, setup, seed=3, changes=changes)
+            training.build(arm, setup, seed=3)
         return
-    env, policy, algorithm, evaluator = training.build(algo, setup, seed=3, changes=changes)
+    built = training.build(arm, setup, seed=3)
+    env, policy, algorithm, (evaluator,) = built.env, built.policy, built.algorithm, built.evaluators
     assert evaluator.env.mdp.noise_level == env.model.spec.noise_level  # one sampler for all that are compared
     assert algorithm.config.seed == 3 and algorithm.env is env and len(evaluator.prompt_ids) == 16
     assert env.num_steps == training.SAMPLING["num_steps"] and policy.guidance_scale == 1.0
@@ -251,10 +255,10 @@ def test_every_algorithm_of_the_zoo_has_presets_for_the_embedded_models_and_trai
 
 def test_fields_of_a_config_from_the_command_line() -> None:
     given = ["learning_rate=1e-3", "pairs=all_pairs", "folder=runs/{seed}=x", "betas=(0.9, 0.99)"]
-    found = training.overrides(given, seed=4)
+    found = overrides(given, seed=4)
     assert found == {"learning_rate": 1e-3, "pairs": "all_pairs", "folder": "runs/4=x", "betas": (0.9, 0.99)}
-    with pytest.raises(ValueError, match="no field 'beta'; it has .*learning_rate"):
-        training.build("vader", training.Setup(), seed=0, changes={"beta": 1})
+    with pytest.raises(ValueError, match="VADERConfig: unknown key 'bets'; did you mean 'betas'"):
+        training.build(Arm(label="vader", algo="vader", settings={"bets": 1}), training.Setup(), seed=0)
 
 
 def test_names_of_the_zoo() -> None:

@@ -89,10 +89,10 @@ def test_what_has_no_lora_for_a_pipeline() -> None:
 
 
 def test_names_and_scale_of_an_exported_lora(tmp_path: Path) -> None:
-    policy = tiny_env("unet").make_policy(lora_rank=2, lora_alpha=1.0)
+    policy = tiny_env("flow").make_policy(lora_rank=2, lora_alpha=1.0)
     own = policy.lora_state_dict()
     (file,) = save_diffusers_lora(policy, tmp_path)
     stored = load_file(file)
-    assert set(stored) == {f"unet.{name}" for name in own}
+    assert set(stored) == {f"transformer.{name}" for name in own}
     for name, value in own.items():
-        torch.testing.assert_close(stored[f"unet.{name}"], value * (0.5 if ".lora_B." in name else 1.0))
+        torch.testing.assert_close(stored[f"transformer.{name}"], value * (0.5 if ".lora_B." in name else 1.0))

@@ -93,7 +93,11 @@ def test_latents_at_the_published_sizes(spec: Any, shape: tuple[int, ...]) -> No
         ("HunyuanVideo", (8, 32, 32), "num_frames=8 is not 1 plus a multiple of 4"),
         ("LTXVideo", (9, 48, 32), "height=48 is not a positive multiple of 32"),
         ("Mochi", (9, 32, 32), "num_frames=9 is not 1 plus a multiple of 6; try num_frames=7"),
-        ("AnimateDiff", (33, 32, 32), "its positions reach 32 frames; try num_frames=32"),
+        (
+            "AnimateDiff",
+            (33, 32, 32),
+            "num_frames=33 is more than the 32 frames that it is made for; try num_frames=32",
+        ),
         ("AnimateDiff", (0, 32, 32), "at least one frame is needed"),
     ],
 )

@@ -16,8 +16,9 @@ from vdm_env import make
 from vdm_env.errors import CorruptWeightsError, MissingWeightsError
 from vdm_env.models import MODELS, animatediff, cogvideox, hunyuan_video, ltx, mochi, wan
 from vdm_env.models.base import TokenTextEncoder
+from vdm_env.models.opensora_weights import hub_tokenizer
 from vdm_env.models.parts import PipelineModel
-from vdm_env.models.releases import Release, hub_tokenizer
+from vdm_env.models.releases import Release
 from vdm_env.worlds.moving_shapes.networks import build_tokenizer
 
 FAMILIES: dict[str, tuple[Any, Release]] = {
@@ -186,7 +187,7 @@ def test_animatediff_is_two_releases(tmp_path: Path, monkeypatch: pytest.MonkeyP
     made.text.encoder.save_pretrained(tmp_path / base_name / "text_encoder")
     monkeypatch.setattr(animatediff, "BASE", replace(animatediff.BASE, marks={}))
     model = load("AnimateDiff")
-    assert model.max_frames == 32 and model.spec == animatediff.ANIMATEDIFF
+    assert model.spec.max_frames == 32 and model.spec == animatediff.ANIMATEDIFF
     stored = model.denoiser.state_dict()
     assert any("motion_modules" in name for name in stored)
     for name, value in unet.state_dict().items():

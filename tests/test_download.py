@@ -17,8 +17,9 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from vdm_env import download as module
+from vdm_env.checksums import MANIFEST, check_file, read_manifest
 from vdm_env.download import describe, destination, download, main, plan
-from vdm_env.errors import DownloadError, MissingWeightsError
+from vdm_env.errors import CorruptWeightsError, DownloadError, MissingWeightsError
 from vdm_env.models import MODELS
 from vdm_env.models.local_weights import find_file
 from vdm_env.models.t2v_turbo import _RELEASED
@@ -155,9 +156,9 @@ def test_what_is_fetched_is_found(hub: list[str], tmp_path: Path, monkeypatch: p
     assert hub == ["jiachenli-ucsb/T2V-Turbo-VC2", "VideoCrafter/VideoCrafter2"]
     assert find_file(_RELEASED["T2VTurbo"], "unet_lora.pt") == places[0] / "unet_lora.pt"
     assert find_file(PUBLISHED["VideoCrafter2"], "model.ckpt") == places[1] / "model.ckpt"
-    assert files_below(places[1]) == {"model.ckpt"}
+    assert files_below(places[1]) == {"model.ckpt", MANIFEST}
     (reward,) = download("HPS", say=lambda _: None)
-    assert files_below(reward) == {"HPS_v2.1_compressed.pt"}
+    assert files_below(reward) == {"HPS_v2.1_compressed.pt", MANIFEST}
     found = loading.find_files(RewardContext(), "HPS", "xswu/HPSv2", ["HPS_v2.1_compressed.pt"])
     assert found == [reward / "HPS_v2.1_compressed.pt"]
     assert download("HPS", folder=tmp_path / "other", say=lambda _: None) == [tmp_path / "other" / "xswu/HPSv2"]
@@ -213,6 +214,58 @@ def test_a_changed_repository_is_noticed(hub: list[str], monkeypatch: pytest.Mon
         download("VideoCrafter2", say=lambda _: None)
 
 
+# ------------------------------------------------------------------------------------------------------- checksums
+
+
+def test_a_flipped_bit_of_a_download_is_found(hub: list[str], tmp_path: Path) -> None:
+    (place,) = download("ModelScope", folder=tmp_path, say=lambda _: None)
+    assert set(read_manifest(place)) == files_below(place) - {MANIFEST}
+    file = place / "unet" / "weights.safetensors"
+    good = file.read_bytes()
+    (place / "mine.txt").write_text("a file of one's own is none of the release")
+    file.write_bytes(bytes([good[0] ^ 1]) + good[1:])
+    with pytest.raises(CorruptWeightsError, match=r"weights\.safetensors .*sha256"):
+        check_file(file)
+    assert download("ModelScope", folder=tmp_path, say=lambda _: None) == [place]  # this hub writes it anew
+    assert file.read_bytes() == good and "mine.txt" not in read_manifest(place)
+    for _ in range(2):  # one of its repositories is fetched whole, where the checksums lie by then
+        places = download("OpenSora1.2", folder=tmp_path, say=lambda _: None)
+    assert all(MANIFEST not in read_manifest(place) for place in places)
+
+
+def test_damage_on_the_way_is_found(hub: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By the checksum that the hub's client noted, and by the manifest where it noted none."""
+    place = tmp_path / "ali-vilab" / "text-to-video-ms-1.7b"
+    notes = place / ".cache" / "huggingface" / "download"
+
+    def note(file: str, checksum: str) -> None:
+        (notes / file).parent.mkdir(parents=True, exist_ok=True)
+        (notes / f"{file}.metadata").write_text(f"commit\n{checksum}\n0.0\n")
+
+    content = b"vae/config.json"
+    note("unet/weights.safetensors", hashlib.sha256(b"unet/weights.safetensors").hexdigest())
+    note("vae/config.json", hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest())
+    note("text_encoder/config.json", '"weak-tag"')
+    download("ModelScope", folder=tmp_path, say=lambda _: None)
+    assert "vae/config.json" in read_manifest(place) and not any(name.startswith(".") for name in read_manifest(place))
+    for file in ("unet/weights.safetensors", "vae/config.json"):
+        kept = (notes / f"{file}.metadata").read_text()
+        note(file, "0" * (64 if "weights" in file else 40))
+        with pytest.raises(DownloadError, match=f"{file} is damaged.*the hub gives.*again"):
+            download("ModelScope", folder=tmp_path, say=lambda _: None)
+        assert not (place / file).exists()
+        (notes / f"{file}.metadata").write_text(kept)
+    download("ModelScope", folder=tmp_path, say=lambda _: None)
+
+    def nothing(*_: Any, local_dir: Any, **__: Any) -> str:
+        return str(local_dir)  # everything is there already
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", nothing)
+    (place / "text_encoder" / "config.json").write_text("changed")
+    with pytest.raises(DownloadError, match="config.json is damaged.*it was fetched with"):
+        download("ModelScope", folder=tmp_path, say=lambda _: None)
+
+
 # ------------------------------------------------------------------------------------------------ files from elsewhere
 
 
@@ -256,7 +309,8 @@ def test_files_from_an_address_go_on_where_they_stopped(
         download("Aesthetic", say=lambda _: None)
     server.cut = None
     (place,) = download("Aesthetic", say=lambda _: None)
-    (file,) = place.iterdir()
+    file, manifest = sorted(place.iterdir(), key=lambda path: path.name == MANIFEST)
+    assert manifest.read_text() == f"{hashlib.sha256(heads).hexdigest()}  {file.name}\n"
     assert file.read_bytes() == heads and server.ranges == [0, 300]
     assert tmp_path / "home" in file.parents
     found = loading.find_files(RewardContext(), "Aesthetic", f"{place.parent.name}/{place.name}", [file.name])

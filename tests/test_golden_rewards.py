@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.golden_numbers import stride
 from vdm_env.rewards.action import KINETICS_PHRASES, ActionReward
 from vdm_env.rewards.aesthetic import AestheticHead, AestheticReward, head_from, l1_to_target
 from vdm_env.rewards.analytic import JPEGCompressibilityReward
@@ -93,9 +94,9 @@ def test_hpsv2_official_scorer(golden_folder: Golden) -> None:
     backbone = _open_clip(folder, tensors)
     image = tensors["official.image_uint8_chw"][None].float() / 255
     pixels = normalise(hpsv2_pad(image, backbone.side), CLIP_MEAN, CLIP_STD)
-    sample = tensors["official.preprocessed_every_14th_pixel"]
-    stride = backbone.side // sample.shape[-1]
-    torch.testing.assert_close(pixels[..., ::stride, ::stride], sample, rtol=1e-5, atol=1e-5)
+    (sampled,) = (name for name in tensors if name.startswith("official.preprocessed_"))
+    step = stride(sampled, backbone.side, tensors[sampled].shape[-1])
+    torch.testing.assert_close(pixels[..., ::step, ::step], tensors[sampled], rtol=1e-5, atol=1e-5)
     score = hps(backbone, preprocess=hpsv2_pad)(image[:, None], ["0"])
     torch.testing.assert_close(score, tensors["official.score"], rtol=1e-5, atol=1e-6)
     assert backbone.logit_scale == pytest.approx(float(tensors["official.logit_scale_exp"]), rel=1e-5)
@@ -104,11 +105,11 @@ def test_hpsv2_official_scorer(golden_folder: Golden) -> None:
 def test_pick_score(golden_folder: Golden) -> None:
     folder = golden_folder("rewards_vader_pickscore")
     tensors = load_file(folder / "fixture.safetensors")
-    reward = pick_score(_transformers_clip(folder, tensors))
+    backbone = _transformers_clip(folder, tensors)
+    reward, published = pick_score(backbone), pick_score(backbone, prompt="first")
     for case in _cases(tensors):
         frames = _decoder_frames(tensors[f"{case}.frames"])
-        # The original compares every image with the first prompt.
-        scores = reward(_as_videos(frames), ["0"] * len(frames))
+        scores = published(_as_videos(frames), _prompts(len(frames)))
         loss = (1 - scores / 100).abs().mean()
         torch.testing.assert_close(scores.mean(), tensors[f"{case}.score"], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(loss, tensors[f"{case}.loss"], rtol=1e-5, atol=0)
@@ -117,6 +118,9 @@ def test_pick_score(golden_folder: Golden) -> None:
             own = reward(_as_videos(frames), _prompts(len(frames)))
             expected = tensors[f"{case}.full_logits_text_by_image"].diagonal()
             torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-5, check_stride=False)
+            assert not torch.allclose(own, scores), "by default every image has its own prompt"
+    with pytest.raises(ValueError, match="prompt='last'"):
+        pick_score(backbone, prompt="last")
 
 
 def test_laion_head(golden_folder: Golden) -> None:
@@ -155,12 +159,11 @@ def test_vader_aesthetic(golden_folder: Golden) -> None:
         if f"{case}.loss_target_none_scale1" in tensors:
             plain = l1_to_target(scores, target=None, scale=1.0)
             torch.testing.assert_close(plain, tensors[f"{case}.loss_target_none_scale1"], rtol=1e-5, atol=1e-6)
-        if f"{case}.preprocessed_sample_8x8" in tensors:
-            side = reward.backbone.side
+        for name in (n for n in tensors if n.startswith(f"{case}.preprocessed_sample")):
+            side, sample = reward.backbone.side, tensors[name]
             pixels = normalise(vader_squash(_as_videos(frames)[:, 0], side), CLIP_MEAN, CLIP_STD)
-            sample = tensors[f"{case}.preprocessed_sample_8x8"]
-            stride = side // sample.shape[-1]
-            torch.testing.assert_close(pixels[..., ::stride, ::stride].detach(), sample, rtol=1e-5, atol=1e-5)
+            step = stride("", side, sample.shape[-1])
+            torch.testing.assert_close(pixels[..., ::step, ::step].detach(), sample, rtol=1e-5, atol=1e-5)
 
 
 def test_vader_action(golden_folder: Golden) -> None:
@@ -174,9 +177,10 @@ def test_vader_action(golden_folder: Golden) -> None:
     phrases = {k: v for k, v in KINETICS_PHRASES.items() if v in classes.values()}
     reward = ActionReward(model.eval().requires_grad_(False), phrases=phrases, score="log_probability")
     short = {label: phrase for phrase, label in phrases.items()}
+    surprise = -tensors["logits"].log_softmax(-1)[0]
     for key in sorted(k.removesuffix(".loss") for k in tensors if k.endswith(".loss")):
-        label = classes[int(key.removeprefix("label"))]
-        for prompt in (label, f"Someone busy with {short[label]} on a rainy day"):
+        label = classes[int((surprise - tensors[f"{key}.loss"]).abs().argmin())]  # the class that has this loss
+        for prompt in (label, f"Someone busy with {short.get(label, label)} on a rainy day"):
             frames = _decoder_frames(tensors["frames"])
             video = (frames / 2 + 0.5).clamp(0, 1)[None]
             torch.testing.assert_close(reward.logits(video), tensors["logits"], rtol=1e-5, atol=1e-6)

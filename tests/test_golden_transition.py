@@ -44,6 +44,14 @@ def within(got: Tensor, want: Tensor, atol: float, rtol: float = 0.0) -> None:
     torch.testing.assert_close(got.double(), want.double(), atol=atol, rtol=rtol)
 
 
+LARGE = 200.0
+"""Latents of the runs that the tolerances of DDIM were stated for; rounding of float32 grows with larger ones."""
+
+
+def growing(atol: float, *values: Tensor) -> float:
+    return atol * max(1.0, *(float(value.abs().max()) / LARGE for value in values))
+
+
 # ----------------------------------------------------------------------------------------- VideoCrafter2, DDIM
 
 
@@ -78,15 +86,35 @@ def test_videocrafter2_schedule() -> None:
     want = golden_tensors(VC2, "schedule.safetensors")
     schedule = vc2_schedule(use_scale=True)
     within(schedule.alphas_cumprod, want["alphas_cumprod"], 6e-8)  # the original keeps its buffers in float32
-    within(schedule.latent_scale, want["scale_arr_first1000"][: schedule.num_train_timesteps], 1e-7)
+    scales = [tensor for name, tensor in want.items() if name.startswith("scale_arr")]
+    assert scales and schedule.latent_scale is not None
+    for scale in scales:
+        within(schedule.latent_scale, scale[: schedule.num_train_timesteps], 1e-7)
     grids = [match for name in want if (match := re.fullmatch(r"S(\d+)\.timesteps", name))]
-    assert grids
+    sigmas = [match for name in want if (match := re.fullmatch(r"S(\d+)\.sigmas_eta([\d.p]+)", name))]
+    assert grids and sigmas
     for match in grids:
-        key, n = match[0].removesuffix("timesteps"), int(match[1])
-        t = ddim_timesteps(schedule.num_train_timesteps, n, spacing="lvdm")
-        assert t.flip(0).tolist() == want[key + "timesteps"].tolist()
-        for eta in (0, 1):
-            within(schedule.table(n, "ddim", float(eta)).sigma.flip(0), want[f"{key}sigmas_eta{eta}"], 1e-6)
+        t = ddim_timesteps(schedule.num_train_timesteps, int(match[1]), spacing="lvdm")
+        assert t.flip(0).tolist() == want[match[0]].tolist()
+    for match in sigmas:
+        eta = float(match[2].replace("p", "."))
+        within(schedule.table(int(match[1]), "ddim", eta).sigma.flip(0), want[match[0]], 1e-6)
+
+
+def test_videocrafter2_alphas_and_scales_of_each_grid() -> None:
+    """Before and after every step; after the last one the first training alpha, and no scale."""
+    want, seen = golden_tensors(VC2, "schedule.safetensors"), 0
+    schedule = vc2_schedule(use_scale=True)
+    assert schedule.latent_scale is not None
+    for name, values in want.items():
+        if not (match := re.fullmatch(r"S(\d+)\.(alphas|scale)(_prev)?", name)):
+            continue
+        t = want[f"S{match[1]}.timesteps"]
+        ours = {"alphas": schedule.alphas_cumprod, "scale": schedule.latent_scale}[match[2]]
+        at = ours[t] if match[3] is None else torch.cat([ours[:1], ours[t[:-1]]])
+        within(at, values, 1e-7)
+        seen += 1
+    assert seen
 
 
 def test_videocrafter2_steps_and_clean_estimates() -> None:
@@ -97,9 +125,10 @@ def test_videocrafter2_steps_and_clean_estimates() -> None:
         assert bool(table.stochastic.all()) == (run["eta"] > 0)
         for k in range(run["n_steps"]):
             x, eps = r["x_t"][k], vc2_eps(run, r, k)
-            within(step(table, x, eps, steps(k, x)), r["mean"][k], 2e-4)
-            within(predict_x0(table, x, eps, steps(k, x)), r["pred_x0"][k], 2e-4, 1e-5)
-            within(step(table, x, noisy_action(table, k, eps, r["noise"][k]), steps(k, x)), r["x_prev"][k], 2e-4)
+            atol = growing(2e-4, x, eps)
+            within(step(table, x, eps, steps(k, x)), r["mean"][k], atol)
+            within(predict_x0(table, x, eps, steps(k, x)), r["pred_x0"][k], atol, 1e-5)
+            within(step(table, x, noisy_action(table, k, eps, r["noise"][k]), steps(k, x)), r["x_prev"][k], atol)
 
 
 def test_videocrafter2_log_prob_in_nats() -> None:
@@ -126,7 +155,7 @@ def test_videocrafter2_whole_chain() -> None:
         for k in range(run["n_steps"]):
             eps = vc2_eps(run, r, k)
             x = step(table, x, noisy_action(table, k, eps, r["noise"][k]), steps(k, x))
-        within(x, r["sample"], 2e-2)
+        within(x, r["sample"], growing(2e-2, r["x_t"]))
 
 
 def test_videocrafter2_samples_may_be_at_different_steps() -> None:
@@ -134,7 +163,7 @@ def test_videocrafter2_samples_may_be_at_different_steps() -> None:
     table = vc2_table(run)
     k = torch.arange(run["n_steps"])
     eps = torch.stack([vc2_eps(run, r, int(i))[0] for i in k])
-    within(step(table, r["x_t"][:, 0], eps, k), r["mean"][:, 0], 2e-4)
+    within(step(table, r["x_t"][:, 0], eps, k), r["mean"][:, 0], growing(2e-4, r["x_t"], eps))
 
 
 def test_videocrafter2_latent_scale_matters() -> None:
@@ -145,12 +174,12 @@ def test_videocrafter2_latent_scale_matters() -> None:
             continue
         plain = vc2_schedule(use_scale=False).table(run["S"], "ddim", run["eta"])
         on_ramp = [i for i, t in enumerate(run["timesteps"]) if t < ramp_end and i + 1 < run["n_steps"]]
-        if not on_ramp:
-            continue
-        k = on_ramp[0]
-        x = r["x_t"][k]
-        error = (step(plain, x, vc2_eps(run, r, k), steps(k, x)) - r["mean"][k]).abs().max()
-        assert error > 0.01 * r["mean"][k].std()
+        wrong = [
+            (step(plain, r["x_t"][k], vc2_eps(run, r, k), steps(k, r["x_t"][k])) - r["mean"][k]).abs().max()
+            / r["mean"][k].std()
+            for k in on_ramp
+        ]
+        assert not wrong or max(wrong) > 0.01
 
 
 # ------------------------------------------------------------------------------------------- Open-Sora, flow
@@ -183,6 +212,11 @@ def opensora_action(run: dict, r: dict[str, Tensor], k: int) -> Tensor:
     return -(r["v_uncond"][k] + run["cfg"] * (r["v_cond"][k] - r["v_uncond"][k]))
 
 
+def holds_frames(r: dict[str, Tensor]) -> bool:
+    """Whether a run keeps some frames as they are given."""
+    return "x_mask" in r and not bool(r["x_mask"].all())
+
+
 def opensora_mask(r: dict[str, Tensor], k: int) -> Tensor | None:
     return r["x_mask"][k][:, None, :, None, None] if "x_mask" in r else None
 
@@ -203,11 +237,11 @@ def test_opensora_timesteps() -> None:
 
 
 def test_opensora_steps() -> None:
-    masked, i2v = 0, False
+    masked, some = 0, False
     for run, r in opensora_runs():
         tables = opensora_tables(run)
         assert not any(table.stochastic.any() for table in tables)
-        i2v = i2v or run["mask"] == "i2v"
+        some = some or holds_frames(r)
         for k in range(run["steps"]):
             z, mask = r["z"][k], opensora_mask(r, k)
             after = r["z"][k + 1] if k + 1 < run["steps"] else r["sample"]
@@ -217,7 +251,7 @@ def test_opensora_steps() -> None:
                 held = ~mask.expand_as(z)
                 assert torch.equal(got[held], z[held])
                 masked += 1
-    assert masked or not i2v
+    assert masked or not some
 
 
 def test_opensora_whole_chain() -> None:
@@ -236,7 +270,7 @@ def test_opensora_add_noise() -> None:
 def test_opensora_log_prob_is_that_of_the_free_frames() -> None:
     """Image-to-video with exploration: held frames stay and do not count."""
     for run, r in opensora_runs():
-        if run["mask"] != "i2v":
+        if not holds_frames(r):
             continue
         sigmas = torch.cat([opensora_tables(run)[0].timesteps / 1000, torch.zeros(1, dtype=torch.float64)])
         table = flow_table(sigmas, kind="dance", noise_level=0.3)

@@ -18,7 +18,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = ("vdm_env", "algos", "benchmarks", "tests")  # each may import itself and those before it
-TORCH_FREE = ("benchmarks/report.py", "benchmarks/plots.py", "benchmarks/aggregate.py")
+TORCH_FREE = (
+    "benchmarks/report.py", "benchmarks/plots.py", "benchmarks/aggregate.py", "benchmarks/tables.py",
+    "benchmarks/experiments/__init__.py",
+)  # fmt: skip
 # torch itself, and packages that import it as soon as they are imported.
 TORCH_PACKAGES = frozenset(
     ("torch", "torchvision", "torchrl", "tensordict", "diffusers", "transformers", "peft", "accelerate")

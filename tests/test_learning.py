@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.aggregate import t_interval
+from benchmarks.plan import Arm
 from benchmarks.training import Setup, build
 
 
@@ -20,7 +21,8 @@ def test_the_reward_rises_on_held_out_prompts_and_the_gold_score_does_not_fall(
     name: str, model: str, updates: int
 ) -> None:
     setup = Setup(env_id=f"{model}-HPS", split="validation", noise_seeds=range(4))
-    _, policy, algorithm, evaluator = build(name, setup, seed=0, changes={})
+    built = build(Arm(label=name, algo=name), setup, seed=0)
+    policy, algorithm, (evaluator,) = built.policy, built.algorithm, built.evaluators
 
     def scores() -> dict[str, np.ndarray]:
         rows = evaluator.evaluate(policy).rows

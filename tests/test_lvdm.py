@@ -17,6 +17,7 @@ from vdm_env import make
 from vdm_env.errors import CorruptWeightsError, MissingWeightsError
 from vdm_env.grids import latent_scale_lvdm, scaled_linear_alphas_cumprod
 from vdm_env.models import conditioning, local_weights, lvdm, t2v_turbo, unet3d
+from vdm_env.models.checkpoint_files import read_checkpoint
 from vdm_env.models.lvdm_keys import Entry, text_entries, unet_entries, vae_entries
 from vdm_env.models.lvdm_sizes import AutoencoderSizes, TextSizes, UNetSizes
 
@@ -140,16 +141,16 @@ def test_damaged_and_unsafe_files(tmp_path: Path) -> None:
     for size in (0, 100, len(content) // 2, len(content) - 30):
         file.write_bytes(content[:size])
         with pytest.raises(CorruptWeightsError, match=r"model\.ckpt \(\d+ bytes\) is truncated, damaged.*fetch"):
-            lvdm.read_checkpoint(file)
+            read_checkpoint(file)
     torch.save({"state_dict": Attack(tmp_path / "made")}, file)
     with pytest.raises(CorruptWeightsError, match="without running code"):
-        lvdm.read_checkpoint(file)
+        read_checkpoint(file)
     assert not (tmp_path / "made").exists()
     torch.save({"state_dict": {"a": 1}}, file)
     with pytest.raises(CorruptWeightsError, match="expected the dictionary of tensors"):
-        lvdm.read_checkpoint(file)
+        read_checkpoint(file)
     with pytest.raises(FileNotFoundError):
-        lvdm.read_checkpoint(tmp_path / "none.ckpt")
+        read_checkpoint(tmp_path / "none.ckpt")
 
 
 def test_folders_are_written_whole_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +171,7 @@ def test_folders_are_written_whole_and_once(tmp_path: Path, monkeypatch: pytest.
     assert parts.vae.config.scaling_factor == SIZES.vae.scale_factor
     file = folder / "vae" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(CorruptWeightsError, match="damaged or truncated"):
+    with pytest.raises(CorruptWeightsError, match="truncated, damaged or another file"):
         unet3d.load_converted(folder, **PLACE)
 
 
@@ -189,7 +190,7 @@ def test_environment_from_a_checkpoint_on_this_machine(only_here: Path, monkeypa
         reward=brightness, num_steps=2, num_frames=2, height=64, width=64, prompts=["a", "b"]
     )
     env = make(model="VideoCrafter2", num_envs=2, **options)
-    assert lvdm.is_converted(only_here / "VideoCrafter2")
+    assert lvdm.is_converted(only_here / "VideoCrafter2" / "converted")
     x, t = torch.ones(2, 4, 2, 8, 8), torch.tensor([999, 1])
     condition = env.mdp.condition([0, 1])
     assert condition["fps"].tolist() == [[28.0], [28.0]]
@@ -226,12 +227,13 @@ def test_frame_rate_conditions_are_checked(only_here: Path) -> None:
     [
         ("VideoCrafter2", "VideoCrafter/VideoCrafter2", "model.ckpt"),
         ("ModelScope", "ali-vilab/text-to-video-ms-1.7b", "unet/*"),
+        ("Zeroscope", "cerspense/zeroscope_v2_576w", "unet/*"),
         ("T2VTurbo", "jiachenli-ucsb/T2V-Turbo-VC2", "unet_lora.pt"),
         ("T2VTurboV2", "jiachenli-ucsb/T2V-Turbo-v2", "unet_mg.pt"),
     ],
 )
 def test_missing_weights_are_one_clear_error(only_here: Path, model: str, repository: str, file: str) -> None:
-    specs = (unet3d.VIDEOCRAFTER2, unet3d.MODELSCOPE, t2v_turbo.T2V_TURBO, t2v_turbo.T2V_TURBO_V2)
+    specs = (unet3d.VIDEOCRAFTER2, unet3d.MODELSCOPE, unet3d.ZEROSCOPE, t2v_turbo.T2V_TURBO, t2v_turbo.T2V_TURBO_V2)
     spec = {spec.name: spec for spec in specs}[model]
     load = t2v_turbo.load if model.startswith("T2V") else unet3d.load
     with pytest.raises(MissingWeightsError) as caught:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.every_model import NAMES, load, small_env, small_size
+from tests.every_model import NAMES, load, small_env
 from tests.models import PROMPTS, brightness, tiny_env, tiny_model
 from vdm_env import make
 from vdm_env.memory import FreedText, activations_in_main_memory
@@ -179,7 +179,7 @@ def test_a_freed_text_encoder_leaves_its_embeddings(name: str) -> None:
     encoders = [weakref.ref(part) for part in vars(model.text).values() if isinstance(part, nn.Module)]
     assert encoders
     wanted = [model.encode_prompts([text]) for text in ("a cat", "a red fox in the snow")]
-    options: dict[str, Any] = {"reward": brightness, "prompts": texts, "num_steps": 2, **small_size(name)}
+    options: dict[str, Any] = {"reward": brightness, "prompts": texts, "num_steps": 2}
     env = make(model=model, **options, free_text_encoder=True)
     del model
     gc.collect()

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from vdm_env.errors import MissingWeightsError
 from vdm_env.metrics import vbench
 from vdm_env.metrics.flow import MidpointWarp
 from vdm_env.metrics.temporal import motion_smoothness
-from vdm_env.metrics.vbench_networks import LinearAesthetic, load_aesthetic_v1, load_clip_b32, load_dino, load_vbench
+from vdm_env.metrics.vbench_networks import (
+    LinearAesthetic,
+    load_aesthetic_v1,
+    load_clip_b32,
+    load_dino,
+)
 from vdm_env.metrics.vbench_scores import QUALITY, group_score, mean_score, quality_score
+from vdm_env.rewards.aesthetic import LinearAestheticHead
 from vdm_env.rewards.loading import RewardContext
 
 
@@ -99,7 +105,7 @@ def test_aesthetic_and_imaging_scales() -> None:
     scores = torch.arange(6.0)
     assert vbench.aesthetic_quality(video, lambda x: scores).tolist() == pytest.approx([0.1, 0.4])
     assert vbench.imaging_quality(video, lambda x: 10 * scores).tolist() == pytest.approx([0.1, 0.4])
-    head = nn.Linear(2, 1)
+    head = LinearAestheticHead(2)
     with torch.no_grad():
         head.weight.copy_(torch.tensor([[3.0, 4.0]]))
         head.bias.fill_(1.0)
@@ -197,18 +203,25 @@ def test_still_video_is_perfectly_consistent(tiny: vbench.VBenchNetworks) -> Non
     assert means["dynamic degree"] == 0
 
 
-@pytest.mark.parametrize(
-    ("load", "names"),
-    [
-        (load_dino, "facebook/dino-vitb16"),
-        (load_clip_b32, "openai/clip-vit-base-patch32"),
-        (load_aesthetic_v1, "openai/clip-vit-large-patch14"),
-        (load_vbench, "raft_large_C_T_V2"),
-    ],
-)
-def test_absent_weights(load: object, names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *a, **k: None)
-    assert callable(load)
-    with pytest.raises(MissingWeightsError, match=names):
-        load(RewardContext(folder=tmp_path))
+def test_chunks_reach_every_network(tiny: vbench.VBenchNetworks) -> None:
+    """No network sees more frames (pairs, or an eighth as many videos) than were asked for."""
+    seen: dict[str, list[int]] = {}
+
+    def counted(name: str, network: Any) -> Any:
+        def call(first: Tensor, *rest: Any) -> Any:
+            seen.setdefault(name, []).append(len(first))
+            return network(first, *rest)
+
+        return call
+
+    networks = vbench.VBenchNetworks(
+        **{field.name: counted(field.name, getattr(tiny, field.name)) for field in fields(tiny)}
+    )
+    video = noise(2, 7, 3, 12, 16)
+    few = vbench.measure(video, ["a", "b"], networks, chunk_size=2)
+    assert set(seen) == {field.name for field in fields(tiny)} and all(max(sizes) <= 2 for sizes in seen.values())
+    assert seen["interpolate"] == [2, 2, 2] and seen["viclip"] == [1, 1]
+    for name, values in vbench.measure(video, ["a", "b"], networks).raw.items():
+        torch.testing.assert_close(few.raw[name], values, msg=name)
+    with pytest.raises(ValueError, match="chunk_size must be at least 1"):
+        motion_smoothness(video, chunk_size=0)

@@ -131,7 +131,7 @@ def test_latent_sizes(model: OpenSoraModel) -> None:
         ((51, 0, 64), "height=0 "),
         ((16, 48, 64), "num_frames=16; .* try num_frames=17"),
         ((0, 48, 64), "num_frames=0; "),
-        ((409, 48, 64), "num_frames=409; .* try num_frames=408"),
+        ((409, 48, 64), "num_frames=409 is more than the 408 .* try num_frames=408"),
     ],
 )
 def test_wrong_sizes(model: OpenSoraModel, size: tuple[int, int, int], message: str) -> None:
@@ -268,6 +268,10 @@ def test_damaged_and_absent_files(release: Path) -> None:
     config.write_text("{")
     with pytest.raises(CorruptWeightsError, match="no JSON"):
         read_stdit3(config.parent)
+    for text in ("[]", '{"hidden_size": "wide"}', '{"num_heads": 0}', '{"patch_size": 3}', '{"depth": -1}'):
+        config.write_text(text)
+        with pytest.raises(CorruptWeightsError, match="config.json (holds a list|does not describe a network)"):
+            read_stdit3(config.parent)
 
 
 def test_finding_the_release(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:

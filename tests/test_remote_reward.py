@@ -195,8 +195,9 @@ def test_no_server_and_no_reward_are_named() -> None:
     for bad in ({"url": "ftp://x"}, {"url": "http://x", "batch": 0}, {"url": "http://x", "payload": "pickle"}):
         with pytest.raises(ValueError, match="expected"):
             RemoteReward(**bad)
-    with pytest.raises(ValueError, match="attempts >= 1"):
-        Retries(attempts=0)
+    for bad_times in ({"attempts": 0}, {"deadline_s": 0.0}, {"timeout_s": 0.0}, {"wait_s": 40.0}):
+        with pytest.raises(ValueError, match="attempts >= 1, timeout_s and deadline_s > 0"):
+            Retries(**bad_times)  # type: ignore[arg-type]
 
 
 # ---- servers that fail -------------------------------------------------------------------------------------------

@@ -8,101 +8,19 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
 import pytest
 
 from benchmarks import cli, plots
-from benchmarks.clips import mp4
-from benchmarks.plots import Line
+from benchmarks.answer import answer
+from benchmarks.clips import fit, for_page, mp4
+from benchmarks.overview import table
 from benchmarks.records import check_comparable, read_run, read_runs
-from benchmarks.report import main, plates, table, write_report
-from benchmarks.summary import answer, common_cost, difference, summarise
-
-PROMPTS = 6
-
-
-def write_run(
-    root: Path,
-    algo: str,
-    *,
-    seed: int = 0,
-    gain: float = 0.3,
-    gold: float = 0.1,
-    end: float = 60.0,
-    status: str = "DONE",
-    task: dict[str, Any] | None = None,
-    spread: float = 0.01,
-    evaluations: int = 5,
-) -> Path:
-    """A run whose reward rises by `gain` and whose gold score changes by `gold` up to `end` device-seconds."""
-    folder = root / algo / "Task" / f"seed_{seed}"
-    (folder / "samples").mkdir(parents=True)
-    about = {
-        "schema_version": 1,
-        "algo": algo,
-        "seed": seed,
-        "config": {"learning_rate": 1e-4},
-        "budget_device_s": 60.0,
-        "budget_updates": None,
-        "device": "cpu",
-        "gpu_name": None,
-        "cpu_name": "A CPU",
-        "cpu_threads": 2,
-        "dtype": "float32",
-        "python": "3.11",
-        "torch": "2",
-        "packages": {"numpy": "2"},
-        "git_commit": "abc",
-        "git_dirty": True,
-        "task": {
-            "env_id": "MovingShapes-HPS",
-            "reward_train": "MovingShapes-HPS (own small weights)",
-            "eval_prompt_ids": list(range(PROMPTS)),
-            "eval_noise_seeds": [0],
-            "prompts_test_sha256": "p",
-            "question": "Which <one> is better & why?",
-            "limits": ["A limit of the task."],
-            "command": "python -m benchmarks.demo --seed 0",
-            **(task or {}),
-        },
-    }
-    (folder / "run.json").write_text(json.dumps(about))
-    rng = np.random.default_rng([seed, *algo.encode()])
-    base = np.random.default_rng(7).normal(0.2, 0.1, PROMPTS)  # the untrained model, the same in every run
-    train, evals = [], []
-    for index, part in enumerate(np.linspace(0, 1, evaluations)):
-        update = 5 * index
-        at = {"update": update, "device_s": end * part, "reward_queries": 40 * index}
-        for prompt in range(PROMPTS):
-            noise = rng.normal(0, spread) if index else 0.0
-            for reward, change in (("proxy", gain), ("gold", gold)):
-                value = float(base[prompt] + change * part + noise)
-                row = {"split": "test", "reward": reward, "prompt_id": prompt, "noise_seed": 0, "value": value}
-                evals.append({**at, **row})
-        if index:
-            train.append(
-                {
-                    **at,
-                    "videos_sampled": 40 * index, "denoiser_forwards": 400 * index, "denoiser_backwards": 40 * index,
-                    "rollout_s": None, "decode_s": 5 * part, "reward_s": 5 * part, "update_s": 50 * part,
-                }
-            )  # fmt: skip
-        video = rng.integers(0, 255, (3, 4, 16, 16, 3)).astype(np.uint8)
-        np.savez(
-            folder / "samples" / f"eval_{update:06d}.npz",
-            videos=video,
-            prompt_ids=np.arange(3),
-            noise_seeds=np.zeros(3, int),
-            prompts=np.array(["a red circle moving left", "a <blue> square", "a green star"]),
-        )
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in train))
-    (folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in evals))
-    if status != "UNFINISHED":
-        (folder / status).write_text(json.dumps({"reason": "budget" if status == "DONE" else "Error: x"}))
-    return folder
+from benchmarks.report import main, make_view, plates, write_report
+from benchmarks.summary import common_cost, difference, summarise
+from tests.synthetic_runs import PROMPTS, write_run
 
 
 class Page(HTMLParser):
@@ -135,7 +53,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_page_holds_its_figures_and_videos_and_loads_nothing(report: Path) -> None:
     text = (report / "report.html").read_text()
     page = Page(text)
-    assert page.count("svg") == 2 * 4  # reward against hours and queries, gold against proxy, phases; wide and narrow
+    # Reward against hours and queries, gold against proxy, phases, memory, threshold, two of frames; wide and narrow.
+    assert page.count("svg") == 2 * 8
     assert page.count("video") == 3 * 3  # three prompts: before, and after each algorithm
     assert page.count("script") == page.count("link") == page.count("iframe") == 0
     for tag, attributes in page.elements:
@@ -172,7 +91,7 @@ def test_page_says_what_was_measured(report: Path) -> None:
 def test_markdown_says_the_same_and_its_images_exist(report: Path) -> None:
     text = (report / "report.md").read_text()
     images = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
-    assert len(images) == 5 and all((report / image).stat().st_size > 1000 for image in images)
+    assert len(images) == 8 and all((report / image).stat().st_size > 1000 for image in images)
     links = re.findall(r"(?<!!)\[[^]]*\]\(([^)]+)\)", text)
     assert links and all((report / link).exists() for link in links)
     html_answer = re.search(r'class="answer">(.*?)</p>', (report / "report.html").read_text())
@@ -196,7 +115,7 @@ def test_videos_in_the_page_are_the_samples_enlarged(report: Path) -> None:
     assert kind == "data:video/mp4;base64"
     with av.open(io.BytesIO(base64.b64decode(data))) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    assert len(frames) == 4 and frames[0].shape == (64, 64, 3)
+    assert len(frames) == 4 and frames[0].shape == (128, 128, 3)
 
 
 def test_mp4_keeps_the_colours_of_a_video() -> None:
@@ -210,6 +129,18 @@ def test_mp4_keeps_the_colours_of_a_video() -> None:
         mp4(video / 255)
     with pytest.raises(ValueError, match="even"):
         mp4(video[:, :7], scale=1)
+
+
+def test_videos_of_a_page_stay_below_its_size() -> None:
+    rows = [[np.random.default_rng(i).integers(0, 255, (4, 32, 32, 3)).astype(np.uint8)] * 2 for i in range(3)]
+    whole = fit(rows, 10**9)
+    size = sum(map(len, whole[0]))
+    assert len(whole) == 3 and [len(row) for row in fit(rows, size + 10)] == [2]
+    harder = fit(rows, size - 10)  # not even one row fits: it is compressed harder
+    assert harder and sum(map(len, harder[0])) < size
+    assert len(fit(rows, 1)) == 1 and fit([], 10) == []
+    assert for_page(np.zeros((1, 320, 512, 3), np.uint8)).shape == (1, 160, 256, 3)
+    assert for_page(np.zeros((1, 32, 32, 3), np.uint8)).shape == (1, 128, 128, 3)
 
 
 def test_an_unclear_difference_is_called_that(tmp_path: Path) -> None:
@@ -253,7 +184,7 @@ def test_a_run_whose_last_update_overran_the_budget_is_not_compared_at_it(tmp_pa
     said = answer([ddpo, vader], "HPS")
     assert "ddpo was not evaluated after training within the 60 device-seconds compared" in said
     assert "vader raises it" in said and "at equal cost" not in said
-    _, rows = table([ddpo, vader], "CPU")
+    _, rows = table(make_view(read_runs(tmp_path)))
     shown = {name: values for name, *values in rows}
     assert shown["reward, after"][0] == shown["reward, change"][0] == "-" != shown["reward, after"][1]
 
@@ -311,31 +242,11 @@ def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
         read_runs(tmp_path / "nothing")
 
 
-def test_every_algorithm_has_one_colour_and_its_band_only_from_three_runs() -> None:
-    assert plots.colour("vader") != plots.colour("ddpo")
-    assert plots.colour("mine") == plots.colour("mine")
-    x = np.array([0.0, 1.0, 2.0])
-    few, many = (
-        plots.curves([Line("vader", [(x, x + s) for s in range(n)])], x_label="x", y_label="y") for n in (2, 3)
-    )
-    assert (len(few.axes[0].collections), len(many.axes[0].collections)) == (0, 1)
-    assert {text.get_text() for text in many.axes[0].texts} == {"vader"}
-
-
-def test_names_at_the_ends_of_lines_do_not_overlap() -> None:
-    x = np.array([0.0, 1.0])
-    lines = [Line(name, [(x, x * level)]) for name, level in (("a", 1.0), ("b", 1.001), ("c", 1.002))]
-    figure = plots.curves(lines, x_label="x", y_label="y", base=0.0)
-    boxes = [t.get_window_extent() for t in figure.axes[0].texts if t.get_text() in "abc"]
-    assert len(boxes) == 3
-    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
-
-
 def test_axis_is_called_after_the_device(tmp_path: Path) -> None:
     folder = write_run(tmp_path, "vader")
     about = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps({**about, "device": "cuda", "gpu_name": "NVIDIA H200"}))
-    figure = plates(read_runs(tmp_path))[0].draw(plots.WIDE)
+    figure = plates(make_view(read_runs(tmp_path)))[0].draw(plots.WIDE)
     assert figure.axes[0].get_xlabel().startswith("H200-hours")
 
 
@@ -345,9 +256,13 @@ def test_command_lines_fail_in_one_line(tmp_path: Path, capsys: pytest.CaptureFi
             cli.main(arguments)
         said = capsys.readouterr()
         assert stop.value.code == 2 and said.err.count("\n") == 1 and not said.out, arguments
-    assert cli.main(["report", str(tmp_path)]) == 1
-    assert capsys.readouterr().err.startswith("report: no run with an evaluation")
-    assert main(["--wrong"]) == 2
+    for folder in (tmp_path, tmp_path / "nothing"):
+        assert cli.main(["report", str(folder)]) == 2
+        said = capsys.readouterr()
+        assert said.err.startswith("report: no run with an evaluation") and said.err.count("\n") == 1
+    with pytest.raises(SystemExit) as stop:
+        main(["--wrong"])
+    assert stop.value.code == 2
     write_run(tmp_path, "vader")
     assert cli.main(["report", str(tmp_path)]) == 0
     assert (tmp_path / "report.html").exists()

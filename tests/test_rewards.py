@@ -423,6 +423,9 @@ def test_presets_differ_as_their_sources_do() -> None:
     assert vader_squash(wide, 16)[0, 0, :, :3].min() > 0.9  # squeezed: still a quarter
     assert clip_hf(wide, 16).max() < 0.5  # cropped away
     padded = hpsv2_pad(wide, 16)
+    plain = preset("hpsv2_pad_plain")
+    stripes = (torch.arange(48) % 3 == 1).float().expand(1, 3, 48, 48)  # a third is white, and every third is looked at
+    assert plain(stripes, 16).min() > 0.9 and hpsv2_pad(stripes, 16).mean().sub(1 / 3).abs() < 0.05
     assert not padded[..., :4, :].any() and not padded[..., 12:, :].any() and padded[0, 0, 4:12, :3].min() > 0.9
     with pytest.raises(ValueError, match="unknown pre-processing 'squash'.*clip_hf"):
         preset("squash")

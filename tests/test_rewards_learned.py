@@ -11,21 +11,23 @@ import torch
 from torch import Tensor
 
 from vdm_env import check_reward, make
-from vdm_env.rewards import REWARDS, RewardContext, select_frames
+from vdm_env.rewards import REWARDS, Chunked, RewardContext, select_frames
 
 PROMPTS = ["playing piano in the rain", "riding scooter past a book"]
 FRAMES = 4
 READ_PROMPTS = {"HPS", "HPSv2", "HPSv2.1", "PickScore", "CLIP", "Action", "ViCLIP", "ImageReward"}
 READ_PROMPTS |= {"VideoScore", "VideoAlign", "OmniScore"}
-IGNORE_PROMPTS = {"Aesthetic", "Brightness", "JPEGCompressibility", "Compression", "Rainy", "Snowy"}
+IGNORE_PROMPTS = {"Aesthetic", "AestheticV1", "Brightness", "JPEGCompressibility", "Compression", "Rainy", "Snowy"}
 IGNORE_PROMPTS |= {"ObjectRemoval", "ObjectRemovalDINO", "VJEPA", "VJEPA2", "Motion", "JPEGSurrogate"}
 # The chunk of these is a number of images or of videos.
-CHUNKED = ["HPS", "Aesthetic", "Compression", "Rainy", "ObjectRemoval", "ObjectRemovalDINO", "VJEPA", "VJEPA2"]
+CHUNKED = ["HPS", "HPSv2", "HPSv2.1", "PickScore", "CLIP", "Aesthetic", "AestheticV1", "Compression", "Rainy", "Snowy"]
+CHUNKED += ["ObjectRemoval", "ObjectRemovalDINO", "VJEPA", "VJEPA2"]
 CHUNKED += ["ViCLIP", "ImageReward", "Motion", "VideoScore", "VideoAlign"]
 # Steps of finite differences: small where the score has kinks, large where transformers computes in float32 inside.
 STEPS = {"Motion": 1e-8, "JPEGSurrogate": 1e-8, "VideoScore": 1e-3, "VideoAlign": 1e-3}
 
 every_reward = pytest.mark.parametrize("name", sorted(REWARDS))
+half_types = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 differentiable = pytest.mark.parametrize("name", sorted(n for n, e in REWARDS.items() if e.differentiable))
 
 
@@ -95,18 +97,53 @@ def test_same_seed_same_bits(name: str) -> None:
     assert torch.equal(state, torch.random.get_rng_state())
 
 
-@differentiable
-def test_half_precision(name: str) -> None:
-    """Scores stay float32 and near; the gradient is finite and points the same way."""
-    dtype = torch.float16 if name in ("VJEPA", "ViCLIP", "ImageReward", "ObjectRemoval") else torch.bfloat16
-    video = videos().requires_grad_(True)
-    exact, rough = (r(video, PROMPTS) for r in (built(name), fresh(name, dtype=dtype)))
-    scale = 100.0 if name in ("CLIP", "PickScore") else 1.0
-    torch.testing.assert_close(rough, exact, rtol=0.05, atol=0.05 * scale)
-    assert rough.dtype == torch.float32
-    wanted, given = (torch.autograd.grad(s.sum(), video)[0].flatten() for s in (exact, rough))
-    assert bool(torch.isfinite(given).all())
-    assert float(torch.nn.functional.cosine_similarity(wanted, given, dim=0)) > 0.5
+def _scale(name: str) -> float:
+    return 100.0 if name in ("CLIP", "PickScore") else 1.0
+
+
+def _same_way(given: Tensor, wanted: Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(wanted.flatten().float(), given.flatten().float(), dim=0))
+
+
+@half_types
+@every_reward
+def test_half_precision(name: str, dtype: torch.dtype) -> None:
+    """Networks and videos in half precision: scores stay float32 and near; the gradient is finite and points alike."""
+    reward, rough = built(name), fresh(name, dtype=dtype)
+    video, half = videos().requires_grad_(True), videos(dtype).requires_grad_(True)
+    exact, near = reward(video, PROMPTS), rough(half, PROMPTS)
+    assert near.dtype == torch.float32 and bool(torch.isfinite(near).all())
+    torch.testing.assert_close(near, exact, rtol=0.05, atol=0.05 * _scale(name))
+    with torch.no_grad():
+        torch.testing.assert_close(rough(videos(), PROMPTS), exact, rtol=0.05, atol=0.05 * _scale(name))
+    if reward.differentiable:
+        wanted, given = torch.autograd.grad(exact.sum(), video)[0], torch.autograd.grad(near.sum(), half)[0]
+        assert given.dtype == dtype and bool(torch.isfinite(given).all())
+        assert _same_way(given, wanted) > 0.5
+
+
+@half_types
+@every_reward
+def test_videos_in_half_precision_lose_nothing_more(name: str, dtype: torch.dtype) -> None:
+    """A float32 network scores them as the same numbers in float32."""
+    reward = built(name)
+    half = videos(dtype).requires_grad_(True)
+    whole = half.detach().float().requires_grad_(True)
+    given, wanted = reward(half, PROMPTS), reward(whole, PROMPTS)
+    torch.testing.assert_close(given, wanted, rtol=1e-5, atol=1e-6 * _scale(name))
+    if reward.differentiable:
+        gradients = torch.autograd.grad(given.sum(), half)[0], torch.autograd.grad(wanted.sum(), whole)[0]
+        assert _same_way(*gradients) > 0.99
+
+
+@every_reward
+def test_any_reward_a_few_videos_at_a_time(name: str) -> None:
+    reward, video = built(name), videos().requires_grad_(True)
+    whole, parts = reward(video, PROMPTS), Chunked(reward, 1)(video, PROMPTS)
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6 * _scale(name))
+    if reward.differentiable:
+        wanted, given = (torch.autograd.grad(s.sum(), video)[0] for s in (whole, parts))
+        torch.testing.assert_close(given, wanted, rtol=1e-3, atol=1e-6 * _scale(name))
 
 
 @pytest.mark.parametrize("name", CHUNKED)

@@ -12,17 +12,19 @@ import torch
 from torch import Tensor
 
 from vdm_env.errors import CorruptWeightsError, MissingWeightsError
-from vdm_env.rewards import REWARDS, RewardContext, image_reward, viclip, vjepa
+from vdm_env.rewards import REWARDS, RewardContext, clip_loading, image_reward, viclip, vjepa
 from vdm_env.rewards.bert_text import LETTERS_SIZE, letters
 
 PROMPTS = ["a piano", "a book on a table"]
 CLIP = "openai/clip-vit-large-patch14"
+HPS = {"HPS": "HPS_v2.1_compressed.pt", "HPSv2": "HPS_v2_compressed.pt", "HPSv2.1": "HPS_v2.1_compressed.pt"}
 
 
 @pytest.fixture(autouse=True)
 def small_and_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty hub cache, and own architectures whose full size is the tiny one."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "no_cache"))
+    monkeypatch.setattr("open_clip.get_model_config", lambda name: clip_loading._TINY_OPEN_CLIP)
     monkeypatch.setattr(vjepa, "FULL", vjepa.TINY)
     monkeypatch.setattr(viclip, "FULL", viclip.TINY)
     for name in ("VISION", "TEXT", "HEAD"):
@@ -90,6 +92,12 @@ def write(name: str, folder: Path) -> Path:
     if name in ("Compression", "Rainy", "Snowy"):
         random_reward(name).backbone.model.save_pretrained(folder / CLIP)
         path, content = folder / f"{name.lower()}_reward.pt", clip_head(name)
+    elif name == "AestheticV1":
+        random_reward(name).backbone.model.save_pretrained(folder / CLIP)
+        path, content = folder / "sa_0_4_vit_l_14_linear.pth", clip_head(name)
+    elif name in HPS:
+        path = folder / HPS[name]
+        content = {"epoch": 1, "name": "run", "state_dict": random_reward(name).backbone.model.state_dict()}
     elif name == "VJEPA":
         path, content = folder / "vitl16.pth.tar", released_vjepa()
     elif name == "ViCLIP":
@@ -108,7 +116,7 @@ def write(name: str, folder: Path) -> Path:
 
 
 LEARNED = ["Compression", "Rainy", "Snowy", "ObjectRemoval", "ObjectRemovalDINO", "VJEPA", "VJEPA2", "ViCLIP"]
-LEARNED += ["ImageReward"]
+LEARNED += ["ImageReward", "AestheticV1", *HPS]
 
 
 @pytest.mark.parametrize("name", LEARNED)
@@ -124,14 +132,16 @@ def test_released_layouts_load(name: str, tmp_path: Path) -> None:
     assert torch.equal(loaded(video, PROMPTS), original(video, PROMPTS))
 
 
-OWN_FILES = ["Compression", "Rainy", "VJEPA", "ViCLIP", "ImageReward"]
+OWN_FILES = ["Compression", "Rainy", "VJEPA", "ViCLIP", "ImageReward", "AestheticV1", "HPSv2", "HPSv2.1"]
+INSIDE = {"VJEPA": "encoder", "ViCLIP": "model", "HPSv2": "state_dict", "HPSv2.1": "state_dict"}
+"""where the tensors lie in a release that holds more"""
 
 
 @pytest.mark.parametrize("name", OWN_FILES)
 def test_wrong_tensors_are_listed(name: str, tmp_path: Path) -> None:
     path = write(name, tmp_path)
     whole = torch.load(path, weights_only=True)
-    tensors = {"VJEPA": lambda c: c["encoder"], "ViCLIP": lambda c: c["model"]}.get(name, lambda c: c)
+    tensors = lambda content: content[INSIDE[name]] if name in INSIDE else content  # noqa: E731
     key = [k for k in tensors(whole) if k.endswith("weight") and "_proj" not in k][-1]
     for damage, message in (
         (lambda t: t.pop(key), "missing: "),
@@ -172,7 +182,7 @@ def test_truncated_and_dangerous_files_are_refused(name: str, tmp_path: Path) ->
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CorruptWeightsError, match="truncated.*delete it"):
         load(name, tmp_path)
-    torch.save({"model": print, "encoder": print, "layers.0.weight": print}, path)
+    torch.save({"model": print, "encoder": print, "state_dict": print, "layers.0.weight": print}, path)
     with pytest.raises(CorruptWeightsError, match="without running code"):
         load(name, tmp_path)
 
@@ -198,6 +208,8 @@ def test_incomplete_containers_are_refused(tmp_path: Path) -> None:
     ("name", "mentions"),
     [
         ("Compression", [CLIP, "vdm-env download"]),
+        ("AestheticV1", [CLIP, "vdm-env download"]),
+        ("HPSv2.1", ["xswu/HPSv2", "HPS_v2.1_compressed.pt"]),
         ("ObjectRemoval", ["hustvl/yolos-base", "config.json", "model.safetensors", "vdm-env download"]),
         ("ObjectRemovalDINO", ["IDEA-Research/grounding-dino-base", "vocab.txt", "vdm-env download"]),
         ("VJEPA", ["vitl16.pth.tar", "curl -L -O https://dl.fbaipublicfiles.com/jepa/vitl16/vitl16.pth.tar"]),
@@ -209,7 +221,13 @@ def test_incomplete_containers_are_refused(tmp_path: Path) -> None:
 def test_missing_weights_say_what_to_fetch(name: str, mentions: list[str], tmp_path: Path) -> None:
     with pytest.raises(MissingWeightsError) as caught:
         load(name, tmp_path)
-    for text in [*mentions, f"vdm-env download {name}", str(tmp_path), "MovingShapes-HPS", "weights='random'"]:
+    for text in [
+        *mentions,
+        f"vdm-env download {name.removesuffix('v2.1')}",
+        str(tmp_path),
+        "MovingShapes-HPS",
+        "weights='random'",
+    ]:
         assert text in str(caught.value)
 
 
@@ -217,6 +235,7 @@ def test_missing_weights_say_what_to_fetch(name: str, mentions: list[str], tmp_p
     ("name", "missing", "mentions"),
     [
         ("Snowy", "snowy_reward.pt", "raw/main/assets/snowy_reward.pt"),
+        ("AestheticV1", "sa_0_4_vit_l_14_linear.pth", "download AestheticV1.*aesthetic-predictor/raw/main/sa_0_4"),
         ("ImageReward", "vocab.txt", "google-bert/bert-base-uncased"),
     ],
 )
@@ -225,3 +244,12 @@ def test_a_missing_second_file_is_named(name: str, missing: str, mentions: str, 
     (tmp_path / missing).unlink()
     with pytest.raises(MissingWeightsError, match=mentions):
         load(name, tmp_path)
+
+
+def test_older_repositories_without_safetensors_load(tmp_path: Path) -> None:
+    model = random_reward("CLIP").backbone.model
+    (tmp_path / CLIP).mkdir(parents=True)
+    model.config.save_pretrained(tmp_path / CLIP)
+    torch.save(model.state_dict(), tmp_path / CLIP / "pytorch_model.bin")
+    video = torch.rand(2, 4, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(load("CLIP", tmp_path)(video, PROMPTS), random_reward("CLIP")(video, PROMPTS))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -165,11 +166,14 @@ class Clock:
 
 def test_meter_counts_training_only_and_splits_its_time() -> None:
     counters, clock = Counters(), Clock()
-    meter = Meter(counters=counters, clock=clock, num_devices=2)
+    cpu = Clock()
+    meter = Meter(counters=counters, clock=clock, cpu_clock=cpu, num_devices=2)
     with meter.phase("setup"):
         clock.now += 3
+        cpu.now += 100
     with meter.phase("train"):
         clock.now += 10
+        cpu.now += 8
         counters.reward_queries += 5
         counters.denoiser_backwards += 7
         counters.decode_s += 1.5
@@ -181,7 +185,10 @@ def test_meter_counts_training_only_and_splits_its_time() -> None:
     row = meter.row(1, {"reward_mean": float("nan"), "loss": 2.0, "mine": torch.tensor(3.0)})
     assert (row["reward_queries"], row["denoiser_backwards"], row["videos_sampled"]) == (5, 7, 0)
     assert (row["decode_s"], row["reward_s"], row["rollout_s"], row["update_s"]) == (1.5, 2.5, None, 6.0)
-    assert (row["setup_s"], row["eval_s"], row["device_s"], row["wall_s"]) == (3.0, 4.0, 20.0, 17.0)
+    assert (row["setup_s"], row["train_s"], row["eval_s"], row["wall_s"]) == (3.0, 10.0, 4.0, 17.0)
+    assert row["device_s"] == row["cpu_s"] == 8.0  # of a CPU: the work, not the time it took
+    meter.device = torch.device("meta")  # anything else is held, and for the wall time
+    assert meter.device_s == 20.0
     assert (row["reward_mean"], row["nan_values"], row["loss"], row["mine"]) == (None, 1, 2.0, 3.0)
     assert row["ratio_mean"] is None
     assert set(row) == RESERVED | set(METRICS) | {"mine"}
@@ -205,7 +212,7 @@ def test_meter_takes_the_rollout_clock_of_an_environment_that_has_one() -> None:
 
 def test_meter_adds_time_of_a_body_that_raises_and_continues_from_its_state() -> None:
     counters, clock = Counters(), Clock()
-    meter = Meter(counters=counters, clock=clock)
+    meter = Meter(counters=counters, clock=clock, cpu_clock=clock)
     with pytest.raises(RuntimeError), meter.phase("train"):
         clock.now += 2
         counters.videos_sampled += 1
@@ -235,8 +242,8 @@ def test_evaluator_pairs_every_prompt_with_every_seed_in_chunks() -> None:
     assert proxy == {(4, 2): 4.5, (4, 7): 4.5, (1, 2): 1.5, (1, 7): 1.5}
     gold = {(r["prompt_id"], r["noise_seed"]): r["value"] for r in found.rows if r["reward"] == "gold"}
     assert gold == pytest.approx({(4, 2): 0.6, (4, 7): 0.85, (1, 2): 0.6, (1, 7): 0.85})
-    assert {r["reward"] for r in found.rows} == {"proxy", "proxy/HPS", "gold", "gold/colour", "gold/shape"}
-    assert len(found.rows) == 5 * 4 and {r["split"] for r in found.rows} == {"test"}
+    assert {r["reward"] for r in found.rows} == {"proxy", "proxy/HPS", "gold", "gold/colour", "gold/shape", "motion"}
+    assert len(found.rows) == 6 * 4 and {r["split"] for r in found.rows} == {"test"}
     assert found.mean() == 3.0
     assert found.videos is not None and found.videos.shape == (2, 2, 4, 4, 3) and found.videos.dtype == np.uint8
     assert found.pairs == [(4, 2), (1, 2)] and found.prompts == ["prompt 4", "prompt 1"]
@@ -276,6 +283,9 @@ def test_a_run_in_updates_writes_the_whole_record(tmp_path: Path) -> None:
     assert about["config"] == {"learning_rate": 0.1, "layers": ["a", "b"]}
     assert (about["algo"], about["seed"], about["budget_updates"]) == ("fakealgorithm", 3, 5)
     assert about["task"]["env_id"] == "Fake-Env" and about["task"]["eval_noise_seeds"] == [5]
+    assert about["task"]["eval_split"] == "test" and list(about["task"]["eval_splits"]) == ["test"]
+    # The fake has no network whose operations could be counted.
+    assert "decode was not measured: AttributeError" in about["flops_note"]
     assert {"git_commit", "python", "torch", "packages", "cpu_threads", "dtype", "started_utc"} <= set(about)
     assert os.uname().nodename not in (out / "run.json").read_text().split('"')
 
@@ -291,8 +301,8 @@ def test_a_run_in_updates_writes_the_whole_record(tmp_path: Path) -> None:
     evals = rows(out / "eval.jsonl")
     assert sorted({row["update"] for row in evals}) == [0, 2, 4, 5]
     assert set(evals[0]) == {
-        "update", "device_s", "cpu_s", "reward_queries", "denoiser_forwards", "denoiser_backwards", "split", "reward",
-        "prompt_id", "noise_seed", "value",
+        "update", "device_s", "cpu_s", "reward_queries", "denoiser_forwards", "denoiser_backwards", "flops",
+        "denoiser_flops", "split", "reward", "prompt_id", "noise_seed", "value",
     }  # fmt: skip
     first = [row for row in evals if row["update"] == 0]
     assert {row["device_s"] for row in first} == {0.0} and {row["reward_queries"] for row in first} == {0}
@@ -312,7 +322,9 @@ def test_a_budget_in_device_seconds_ends_with_the_update_that_crosses_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr(import_module("algos.run"), "Meter", lambda **options: Meter(clock=clock, **options))
+    monkeypatch.setattr(
+        import_module("algos.run"), "Meter", lambda **options: Meter(clock=clock, cpu_clock=clock, **options)
+    )
     algorithm = FakeAlgorithm(hooks={n: lambda: setattr(clock, "now", clock.now + 4) for n in range(1, 20)})
     evaluator = Evaluator(FakeEnv(), [0])
     slow = evaluator.evaluate
@@ -411,7 +423,9 @@ def test_checkpoints_come_with_the_evaluations_unless_told_otherwise(
         saved.append(state["update"])
 
     monkeypatch.setattr(import_module("algos.checkpoint_store"), "save_checkpoint", save)
-    monkeypatch.setattr(import_module("algos.run"), "Meter", lambda **options: Meter(clock=clock, **options))
+    monkeypatch.setattr(
+        import_module("algos.run"), "Meter", lambda **options: Meter(clock=clock, cpu_clock=clock, **options)
+    )
     run(FakeAlgorithm(), out=tmp_path, updates=5, eval_every=2, checkpoint_every=every, progress=False)
     assert saved == kept
     done = json.loads((tmp_path / "DONE").read_text())
@@ -504,9 +518,10 @@ def test_durations_that_are_none(text: str) -> None:
 def test_one_line_an_update_without_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(FakeAlgorithm(), out=tmp_path, updates=2, evaluate=Evaluator(FakeEnv(), [0]), eval_every=9, algo="mine")
     lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if "evaluation" not in line] == [
-        "mine  update 1  1/2 updates  reward 0.75  eval proxy 0.5  eval gold 0.5",
-        "mine  update 2  2/2 updates  reward 1  eval proxy 0.5  eval gold 0.5",
+    shown = [re.sub(r"(videos/s \S+  )?GiB \S+", "GiB *", line) for line in lines if "evaluation" not in line]
+    assert shown == [
+        "mine  update 1  1/2 updates (1 left)  reward 0.75  GiB *  eval proxy 0.5  eval gold 0.5",
+        "mine  update 2  2/2 updates (0 left)  reward 1  GiB *  eval proxy 0.5  eval gold 0.5",
     ]
 
 

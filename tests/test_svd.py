@@ -221,7 +221,7 @@ def test_the_contracts_hold(model):
 @pytest.mark.filterwarnings("ignore:.*random weights")
 def test_made_by_name_it_runs_and_learns():
     env = make("SVD-HPS", weights="random", scale="tiny", num_envs=2)
-    assert env.num_steps == 25 and env.mdp.table.stochastic.tolist() == [True] * 24 + [False]
+    assert env.num_steps == 4 and env.mdp.table.stochastic.tolist() == [True] * 3 + [False]
     env = env.derive(num_steps=3)
     policy = env.make_policy(lora_rank=2)
     obs, _ = env.reset(seed=0)
@@ -317,6 +317,9 @@ def test_wrong_files_are_named(release, monkeypatch, tmp_path):
         make("SVD-HPS")
     for settings in ({"prediction_type": "epsilon"}, {"use_karras_sigmas": False}, {"timestep_type": "discrete"}):
         with pytest.raises(CorruptWeightsError, match="are not Stable Video Diffusion's"):
+            svd.schedule_of(SCHEDULER | settings)
+    for settings in ({"sigma_min": "low"}, {"sigma_max": -1.0}, {"sigma_max": [700]}):
+        with pytest.raises(CorruptWeightsError, match="give no noise levels"):
             svd.schedule_of(SCHEDULER | settings)
     assert svd.schedule_of({}).sigma_max == svd.schedule_of(SCHEDULER).sigma_max == 700.0
     copied = tmp_path / "copy"

@@ -10,7 +10,7 @@ from scipy import stats
 
 from benchmarks.records import read_runs
 from benchmarks.tables import algorithm_rows, markdown, write_tables
-from tests.test_report import write_run
+from tests.synthetic_runs import write_run
 
 
 def test_a_row_is_the_mean_over_seeds_with_a_t_interval(tmp_path: Path) -> None:

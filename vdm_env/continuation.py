@@ -36,6 +36,7 @@ from vdm_env.env import DenoisingVectorEnv
 from vdm_env.mdp import DenoisingMDP
 from vdm_env.models.base import Condition
 from vdm_env.models.continued import CLIP, ContinuationModel
+from vdm_env.rewards.base import FramePolicy
 from vdm_env.transition import TransitionTable
 
 
@@ -158,12 +159,20 @@ class ContinuationVectorEnv(DenoisingVectorEnv):
         clips: N.
         keep_graph: let gradients pass from a clip through its last frame into the next. Without it the reward's
             gradient reaches every clip through the joined video alone, at less memory.
+        decode_frames: which frames of the joined video the reward sees; the policy of `env` if None.
 
     Raises:
-        ValueError: a model that animates no images, or less than one clip.
+        ValueError: a model that animates no images, less than one clip, or frames that are none of the joined video's.
     """
 
-    def __init__(self, env: DenoisingVectorEnv, clips: int = 3, *, keep_graph: bool = False) -> None:
+    def __init__(
+        self,
+        env: DenoisingVectorEnv,
+        clips: int = 3,
+        *,
+        keep_graph: bool = False,
+        decode_frames: FramePolicy | None = None,
+    ) -> None:
         if isinstance(clips, bool) or not isinstance(clips, int) or clips < 1:
             raise ValueError(f"clips={clips!r}: expected a whole number of at least 1")
         if not env.mdp.on_images or isinstance(env, ContinuationVectorEnv):
@@ -171,7 +180,7 @@ class ContinuationVectorEnv(DenoisingVectorEnv):
                 f"{env.config.id} cannot be continued: that needs an environment whose model animates an image, such "
                 "as make('SVD-HPS')"
             )
-        self.single, self.clips, self.keep_graph = env, clips, keep_graph
+        self.single, self.clips, self.keep_graph, self._frames = env, clips, keep_graph, decode_frames
         frames, height, width = env.config.size
         model = ContinuationModel(base=env.model, clips=clips, denoiser=env.model.denoiser)
         config = replace(
@@ -179,6 +188,7 @@ class ContinuationVectorEnv(DenoisingVectorEnv):
             id=f"{env.config.id} x{clips}",
             model=model,
             size=(clips * frames, height, width),
+            decode_frames=env.config.decode_frames if decode_frames is None else decode_frames,
             observe_embedding=True,
         )
         self._kept: Condition = {}
@@ -212,8 +222,13 @@ class ContinuationVectorEnv(DenoisingVectorEnv):
         return {name: value.clone() for name, value in self._kept.items()}
 
     def derive(self, **changes: Any) -> ContinuationVectorEnv:
-        """Another environment on the same networks; changes as in `DenoisingVectorEnv.derive`, those of one clip."""
-        return ContinuationVectorEnv(self.single.derive(**changes), self.clips, keep_graph=self.keep_graph)
+        """Another environment on the same networks; changes as in `DenoisingVectorEnv.derive`, those of one clip.
+
+        Except `decode_frames`, which are those of the joined video.
+        """
+        frames = changes.pop("decode_frames", self._frames)
+        single = self.single.derive(**changes)
+        return ContinuationVectorEnv(single, self.clips, keep_graph=self.keep_graph, decode_frames=frames)
 
     def to_torchrl(self) -> NoReturn:
         """Refused: TorchRL's actors know one standard deviation a video, and here it holds for one clip only."""

@@ -5,6 +5,9 @@ stopped and leave alone what is there already. They go into the folder that VDM_
 like the repository, or else into the hub's local cache. The few files that are published elsewhere come from their own
 address into `vdm_env.weights_folder.home()`; their checksum is tested where it is known.
 
+What lies in a folder is compared with the checksum the hub gave for it, and gets a file of checksums, with which
+loading compares it from then on (`vdm_env.checksums`). In the hub's cache the name of a file is its checksum already.
+
 Nothing but this module ever uses the network.
 """
 
@@ -13,7 +16,6 @@ from __future__ import annotations
 import argparse
 import errno
 import fnmatch
-import hashlib
 import importlib
 import pkgutil
 import sys
@@ -28,8 +30,8 @@ import huggingface_hub
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from vdm_env import models, weights_folder
-from vdm_env.errors import DownloadError
+from vdm_env import checksums, models, weights_folder
+from vdm_env.errors import CorruptWeightsError, DownloadError
 from vdm_env.models.local_weights import Published
 from vdm_env.models.releases import Release
 from vdm_env.registry import list_models, list_rewards
@@ -208,7 +210,34 @@ def _from_hub(name: str, fetch: Fetch, folder: str | Path | None) -> Path:
             f"{fetch.repository} has no {', '.join(absent)}: the repository was changed since this version was made; "
             f"look at {page}, and report it"
         )
+    if place is not None:
+        fetched = [name for name in there if any(fnmatch.fnmatch(name, pattern) for pattern in fetch.files)]
+        kept = [name for name in fetched if not any(fnmatch.fnmatch(name, p) for p in unwanted)]
+        _note_checksums(name, place, [place / f for f in kept if not f.startswith(".") and f != checksums.MANIFEST])
     return Path(got)
+
+
+def _note_checksums(name: str, place: Path, files: Sequence[Path]) -> None:
+    """Writes the checksums of fetched files beside them, if they are what the hub says or what was fetched before."""
+    try:
+        before = checksums.read_manifest(place)
+    except CorruptWeightsError:
+        before = {}
+    for file in files:
+        told, was = checksums.told_by_hub(place, file), before.get(file.relative_to(place).as_posix())
+        if (checksums.like(told, file) != told) if told else (was is not None and checksums.file_sha256(file) != was):
+            file.unlink()
+            source = "the hub gives" if told else "it was fetched with"
+            raise DownloadError(
+                f"{file} is damaged: its checksum is not the one {source}. It was removed; run "
+                f"`vdm-env download {name}` again"
+            )
+    try:
+        checksums.write_manifest(place, files)
+    except OSError as error:
+        raise DownloadError(
+            f"the checksums of {place} could not be written ({error}); make room, then run it again"
+        ) from error
 
 
 def _no_network(name: str, fetch: Fetch, error: Exception) -> DownloadError:
@@ -247,7 +276,7 @@ def _from_address(name: str, fetch: Fetch, folder: str | Path | None) -> Path:
     except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
         raise _no_network(name, fetch, error) from error
     if fetch.sha256 is not None:
-        digest = hashlib.sha256(part.read_bytes()).hexdigest()
+        digest = checksums.file_sha256(part)
         if digest != fetch.sha256:
             part.unlink()
             raise DownloadError(
@@ -255,6 +284,7 @@ def _from_address(name: str, fetch: Fetch, folder: str | Path | None) -> Path:
                 "run it again"
             )
     part.replace(file)
+    checksums.write_manifest(place, [file])
     return place
 
 

@@ -41,6 +41,7 @@ from vdm_env.policy import DenoisingPolicy
 from vdm_env.rewards.base import as_reward
 from vdm_env.spaces import action_space, observation_space
 from vdm_env.starts import (
+    Shard,
     Stream,
     check_options,
     given_latents,
@@ -71,6 +72,8 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
         self.single_action_space = action_space(self.mdp)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self.shard = Shard()
+        """of several processes that simulate one wider env together, which part this is; `derive` leaves it out"""
         self._stream = Stream(seed=config.seed)
         self._latents: Tensor | None = None
         self._clean = torch.empty(0)
@@ -132,7 +135,7 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
         stream = Stream(seed=int(seed)) if isinstance(seed, Integral) else replace(self._stream)
         table = self._table(options.get("noise_levels"), bool(mask.all()))
         if seed is None or isinstance(seed, Integral):
-            video_seeds = stream.video_seeds(mask)
+            video_seeds = self.shard.own(stream.video_seeds(self.shard.widened(mask)))
         else:
             video_seeds = given_seeds(seed, self.num_envs)  # type: ignore[arg-type]
         step = given_step(options.get("step"), self.num_envs, table.num_steps).to(self.device)
@@ -144,7 +147,8 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
         # Last of all, because texts that are new join the book here.
         prompt_ids = given_prompts(options, self.prompts, self.num_envs, self.group_size)
         if prompt_ids is None:
-            prompt_ids = stream.prompt_ids(mask, self.group_size, self.prompts.ids(self.split))
+            drawn = stream.prompt_ids(self.shard.widened(mask), self.group_size, self.prompts.ids(self.split))
+            prompt_ids = self.shard.own(drawn)
         self._stream, self.mdp.table = stream, table
         if self._latents is None or bool(mask.all()):
             self._latents, self._step, self._prompt_ids, self._video_seeds = latents, step, prompt_ids, video_seeds

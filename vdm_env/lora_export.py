@@ -1,4 +1,9 @@
-"""A policy's LoRA as the pipelines of diffusers load it: `pipeline.load_lora_weights(folder)`."""
+"""A policy's LoRA as the pipelines of diffusers load it: `pipeline.load_lora_weights(folder)`.
+
+They do so for the transformers (CogVideoX, Wan, HunyuanVideo, LTX-Video, Mochi) and for AnimateDiff. Into the networks
+of VideoCrafter2, ModelScope (`UNet3DConditionModel`) and Stable Video Diffusion diffusers loads none: PEFT does, from
+what `policy.save` writes.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +29,7 @@ def diffusers_lora(policy: DenoisingPolicy) -> dict[str, dict[str, Tensor]]:
     A model with two networks (Wan 2.2 A14B) has two entries, every other one.
 
     Raises:
-        ValueError: the policy has no LoRA, or its network is not one of diffusers.
+        ValueError: the policy has no LoRA, or no pipeline of diffusers loads one for its network.
     """
     denoiser = policy._model.denoiser
     experts = hasattr(denoiser, "high") and hasattr(denoiser, "low")
@@ -33,6 +38,12 @@ def diffusers_lora(policy: DenoisingPolicy) -> dict[str, dict[str, Tensor]]:
     if not experts and not type(denoiser).__module__.startswith("diffusers."):
         raise ValueError(
             f"no pipeline of diffusers runs {type(denoiser).__name__}; policy.save writes the LoRA in PEFT's format"
+        )
+    if not all(hasattr(network, "load_lora_adapter") for network in (denoiser.children() if experts else [denoiser])):
+        raise ValueError(
+            f"diffusers loads no LoRA into {type(denoiser).__name__} (that class has no load_lora_adapter), so there "
+            "is no file a pipeline could read; policy.save writes the LoRA in PEFT's format: "
+            "peft.PeftModel.from_pretrained(pipeline.unet, folder)"
         )
     scale = policy._config.lora_alpha / policy._config.r
     whole = "unet" if "UNet" in type(denoiser).__name__ else "transformer"

@@ -22,7 +22,7 @@ from vdm_env import noise, transition
 from vdm_env.images import ImageBook
 from vdm_env.models.base import Condition, VideoModel
 from vdm_env.prompts import PromptBook
-from vdm_env.rewards.base import FramePolicy, Reward, score_parts, select_frames
+from vdm_env.rewards.base import FramePolicy, Reward, check_frames, score_parts, select_frames
 from vdm_env.schedule import make_table
 from vdm_env.transition import TransitionTable
 
@@ -97,9 +97,7 @@ class DenoisingMDP:
         self.latent_shape = model.latent_shape(*size)
         self.device, self.dtype = torch.device(device), dtype
         self.decode_frames: FramePolicy = reward.frames if decode_frames is None else decode_frames
-        select_frames(
-            self.decode_frames, self.num_frames, 0
-        )  # refuses a policy that does not fit, before anything is spent
+        check_frames(reward, self.decode_frames, self.num_frames)  # before anything is spent
         self.sampler, self.noise_level = sampler, noise_level
         self.base_table = self.make_table(num_steps, sampler, noise_level)
         self.table = self.base_table

@@ -1,6 +1,8 @@
 """What saves memory in training: activations that wait in main memory, and prompts without their text encoder.
 
-The other savers have a place of their own: `gradient_checkpointing` of policies, `decode_frames` and `dtype` of `make`.
+The other savers have a place of their own: `gradient_checkpointing` of policies; `decode_frames`, `tile_decoding`,
+`decode_chunk` and `dtype` of `make`. Text encoders of large models rest in main memory (`vdm_env.models.visiting`), and
+autoencoders take few frames at a time and are computed anew in the backward pass (`vdm_env.models.codec`).
 """
 
 from __future__ import annotations

@@ -25,10 +25,10 @@ from vdm_env.gym import register_envs
 from vdm_env.images import ImageBook, ImageLike, as_image_book, default_images
 from vdm_env.memory import free_text_encoder as let_go_of_text_encoder
 from vdm_env.models import MODELS, ModelEntry, ModelSpec, VideoModel
-from vdm_env.prompt_sets import prompts_from
+from vdm_env.prompt_sets import prompt_set, prompts_from
 from vdm_env.prompts import PromptBook
 from vdm_env.rewards import REWARDS, Part, Reward, RewardContext, RewardEntry, WeightedSum, as_reward
-from vdm_env.rewards.base import FramePolicy, ScoreFunction
+from vdm_env.rewards.base import FramePolicy, ScoreFunction, select_frames
 
 DEFAULT_PROMPTS = (
     "a dog riding a bike",
@@ -37,6 +37,8 @@ DEFAULT_PROMPTS = (
     "a boat sailing on a calm lake at sunset",
 )
 """Prompts of models without a world of their own until you give yours."""
+PROMPTS_OF = {"Action": "actions", "ObjectRemoval": "objects", "ObjectRemovalDINO": "objects"}
+"""Sets that stand in for these where a reward is about what the prompt names; see `vdm_env.prompt_sets`."""
 
 
 @cache
@@ -260,6 +262,8 @@ def make(
     api: str = "gymnasium",
     observe_embedding: bool = False,
     free_text_encoder: bool = False,
+    tile_decoding: bool = False,
+    decode_chunk: int | None = None,
     render_mode: str | None = "rgb_array",
 ) -> Any:
     """Makes an environment by name, `make("MovingShapes-HPS", num_envs=4)`, or of your own objects.
@@ -292,6 +296,11 @@ def make(
         api: "gymnasium" (a torch-native `gymnasium.vector.VectorEnv`) or "torchrl" (a `torchrl.envs.EnvBase`).
         observe_embedding: put what the network is conditioned on into observations, under the model's own names.
         free_text_encoder: embed all prompts now and give the text encoder's memory back; no other prompts after that.
+            Without it the encoders of large models rest in main memory, except while new prompts are embedded.
+        tile_decoding: encode and decode large pictures in overlapping tiles: less memory, slightly other pixels at the
+            seams. Not every autoencoder can; a model object of your own goes on doing it.
+        decode_chunk: frames decoded together by a decoder that looks across frames (SVD): less memory, differences at
+            the borders of chunks. Other decoders take few frames at a time anyway, which changes nothing.
         render_mode: as in Gymnasium.
 
     Raises:
@@ -330,6 +339,7 @@ def make(
     network.latent_shape(*size)  # an impossible size is refused before rewards are loaded
     if hasattr(network, "with_size"):  # Open-Sora's grid shift and positions depend on the size
         network = network.with_size(*size)
+    network = _saving(network, tile_decoding, decode_chunk)
     if isinstance(reward, str):
         reward = {reward: 1.0}
     context = RewardContext(
@@ -339,13 +349,16 @@ def make(
         device=device,
         dtype=dtype,
         seed=seed,
-        num_frames=frames,
+        num_frames=frames if decode_frames is None else len(select_frames(decode_frames, frames, 0)),
     )
+    named = reward
     if isinstance(reward, Mapping):
         reward = build_reward(reward, context, replace(context, weights=weights, scale=scale))  # type: ignore[arg-type]
     else:
         reward = as_reward(reward)
     gold, own_prompts = _world(spec.world)
+    if spec.world is None and isinstance(named, Mapping):
+        own_prompts = next((prompt_set(PROMPTS_OF[name]) for name in named if name in PROMPTS_OF), own_prompts)
     book = _prompt_book(spec, prompts, images, own_prompts)
     config = EnvConfig(
         id=id or f"{model_name}-{reward.name}",
@@ -372,6 +385,22 @@ def make(
     if free_text_encoder:
         let_go_of_text_encoder(env)
     return env.to_torchrl() if api == "torchrl" else env
+
+
+def _saving(network: Any, tile_decoding: bool, decode_chunk: int | None) -> Any:
+    """The model with these ways to save memory in decoding."""
+    name = network.spec.name
+    if tile_decoding:
+        if not hasattr(network, "tile_decoding"):
+            raise ValueError(f"{name} cannot decode in tiles; leave tile_decoding out")
+        network.tile_decoding()
+    if decode_chunk is None:
+        return network
+    if not hasattr(network, "with_decode_chunk"):
+        raise ValueError(
+            f"decode_chunk={decode_chunk!r}: the decoder of {name} does not take all frames together; leave it out"
+        )
+    return network.with_decode_chunk(decode_chunk)
 
 
 def _prompt_book(spec: ModelSpec, prompts: Any, images: Any, own: Any) -> PromptBook:

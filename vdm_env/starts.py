@@ -18,6 +18,42 @@ MAX_SEED = (1 << 63) - 2
 OPTIONS = ("prompts", "prompt_ids", "images", "image", "latents", "step", "noise_levels", "reset_mask")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """Which part of a wider env an env is: of world * B videos side by side those from rank * B on.
+
+    Every part draws the prompts and seeds of all, and keeps its own, so that the parts together simulate what one env
+    of world * B videos would.
+
+    Raises:
+        ValueError: a rank outside 0 .. world - 1.
+    """
+
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world:
+            raise ValueError(f"rank={self.rank} of world={self.world}: expected a rank in 0 .. {self.world - 1}")
+
+    def widened(self, mask: Tensor) -> Tensor:
+        """The reset mask [world * B] of all parts.
+
+        Raises:
+            ValueError: not everything is reset, and what the other parts reset is not known here.
+        """
+        if self.world > 1 and not bool(mask.all()):
+            raise ValueError(
+                f"this env is part {self.rank} of {self.world} of a wider one, and its videos start together: leave "
+                f"reset_mask out"
+            )
+        return mask.repeat(self.world)
+
+    def own(self, values: Tensor) -> Tensor:
+        """The rows [B] of this part, of all parts' [world * B]."""
+        return values.chunk(self.world)[self.rank]
+
+
 @dataclass(kw_only=True)
 class Stream:
     """An endless, deterministic sequence of video seeds and prompts."""

@@ -43,6 +43,8 @@ class TrainConfig:
 
     The settings of the algorithm are its preset for the model, if it has one, otherwise its paper's. The run's folder
     is OUT/ALGO/ENV/seed_SEED; its config.yaml holds every setting, and --config with that file repeats the run.
+
+    On several devices: accelerate launch --multi_gpu --num_processes 2 --no_python vdm-env train ...
     """
 
     env: str = ENV_ID
@@ -68,6 +70,13 @@ class TrainConfig:
     """remove an earlier run in its folder first"""
     checkpoint_every: int | None = None
     """updates between checkpoints, 0: at the end only; None: before each evaluation"""
+    on_oom: Literal["fail", "halve_micro_batch"] = "fail"
+    """where memory does not suffice for an update: end, or do it again with half the algorithm's micro_batch, which
+    gives the same result"""
+    watch: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """where to watch the run beside its log files: tensorboard or wandb; may be given twice"""
+    sample_mp4: bool = True
+    """write the videos that evaluations keep as samples/eval_<update>/<prompt>.mp4 too"""
     num_threads: int | None = None
     """CPU threads; None: as many as torch takes"""
     process: ProcessOptions = field(default_factory=ProcessOptions)
@@ -113,9 +122,11 @@ def check(config: TrainConfig) -> None:
     """Refuses what can be refused without building anything.
 
     Raises:
-        ValueError: no algorithm or an unknown one, no budget, a bad duration, or a number below one.
+        ValueError: no algorithm or an unknown one, no budget, a bad duration, a number below one, an unknown watcher.
+        ImportError: a watcher's package is not installed.
     """
     from algos.run import seconds
+    from algos.watchers import make_watchers
     from algos.zoo import recipe
 
     if config.algo is None:
@@ -128,11 +139,20 @@ def check(config: TrainConfig) -> None:
     every = config.evaluation.eval_every
     if every is not None and not every.isdecimal():
         seconds(every)
-    least = {"updates": 1, "eval_prompts": 1, "eval_seeds": 1, "num_threads": 1, "seed": 0, "eval_videos": 0}
+    least = {
+        "updates": 1,
+        "eval_prompts": 1,
+        "eval_seeds": 1,
+        "num_threads": 1,
+        "seed": 0,
+        "eval_videos": 0,
+        "checkpoint_every": 0,
+    }
     for name, value in least.items():
         given = getattr(config if hasattr(config, name) else config.evaluation, name)
         if given is not None and given < value:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {value}, got {given}")
+    make_watchers(config.watch)
     if config.resume and config.fresh:
         raise ValueError("--fresh removes the run that --resume would go on with: give one of the two")
 
@@ -149,7 +169,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         config, settings = read(arguments)
         check(config)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         refuse(PROGRAM, one_line(error))
     from benchmarks.runs import results, start
 
@@ -160,5 +180,8 @@ def main(arguments: Sequence[str]) -> int:
     except Exception as error:  # the run's folder says FAILED and why
         print(f"{PROGRAM}: {one_line(error)}", file=sys.stderr)
         return 1
-    print("", *results(result.out), sep="\n")
+    from algos import distributed
+
+    if distributed.current().main:
+        print("", *results(result.out), sep="\n")
     return 130 if result.interrupted else 0

@@ -7,13 +7,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from benchmarks.experiments import online_vpo, overopt, vader, videodpo
 from benchmarks.experiments.experiment import Experiment
-from benchmarks.experiments.judge import Outcome, Verdict, judge
-from benchmarks.experiments.section import section
+from benchmarks.experiments.finding_section import section
+from benchmarks.experiments.judge import Outcome, Verdict
+from benchmarks.page import Section
+from benchmarks.records import Run
 
 EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType(
     {
@@ -24,4 +26,15 @@ EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType(
 )
 """By name of the preset."""
 
-__all__ = ["EXPERIMENTS", "Experiment", "Outcome", "Verdict", "judge", "section"]
+
+def sections(name: str, runs: Sequence[Run]) -> list[Section]:
+    """What a report on a benchmark's runs says about a paper's finding; nothing for benchmarks that are no experiment.
+
+    Args:
+        name: of the benchmark.
+        runs: that are in its folder.
+    """
+    return [section(EXPERIMENTS[name], runs)] if name in EXPERIMENTS else []
+
+
+__all__ = ["EXPERIMENTS", "Experiment", "Outcome", "Verdict", "section", "sections"]

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from benchmarks.experiments.judge import Claim, Verdict, judge
+from benchmarks.experiments.claims import Claim
+from benchmarks.experiments.judge import Verdict, judge
 from benchmarks.plan import Benchmark
 from benchmarks.records import Run
 

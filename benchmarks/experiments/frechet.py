@@ -22,7 +22,8 @@ class _Watching:
     """An environment that remembers the videos it finished."""
 
     def __init__(self, env: Any) -> None:
-        self._env, self.videos = env, []
+        self._env = env
+        self.videos: list[Tensor] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._env, name)

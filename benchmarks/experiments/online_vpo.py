@@ -6,8 +6,8 @@ Of its ablations the values that were tried and the ones that were chosen are kn
 
 from __future__ import annotations
 
+from benchmarks.experiments.claims import Ahead, Falls, Keeps, Measure, Rises, Trend
 from benchmarks.experiments.experiment import Experiment
-from benchmarks.experiments.judge import Ahead, Falls, Keeps, Measure, Rises, Trend
 from benchmarks.plan import Arm, Benchmark
 
 _PAPER = {"paper": "OnlineVPO", "arxiv": "2412.15159"}

@@ -84,7 +84,8 @@ def weights() -> list[Tensor]:
     """Of all modules in this process: denoiser, decoder and reward are there with or without a graph."""
     from torch import nn
 
-    modules = [thing for thing in gc.get_objects() if isinstance(thing, nn.Module)]
+    # By type: isinstance asks some objects for __class__, and lazy ones among them then load or warn.
+    modules = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module)]
     return [tensor for one in modules for tensor in (*one.parameters(recurse=False), *one.buffers(recurse=False))]
 
 

@@ -7,8 +7,10 @@ at hand.
 
 from __future__ import annotations
 
+from typing import Any
+
+from benchmarks.experiments.claims import Ahead, Measure, Rises
 from benchmarks.experiments.experiment import Experiment
-from benchmarks.experiments.judge import Ahead, Measure, Rises
 from benchmarks.plan import Arm, Benchmark
 
 _PAPER = {"paper": "VideoDPO", "arxiv": "2412.14167"}
@@ -18,7 +20,13 @@ _SMALL = (
     "reward is the package's own weighting of the parts of OmniScore, which is not public. "
 )
 _TUNED = "One setting, tried on one validation seed with the embedded HPS-style reward."
-_COMMON = {"env_id": "MovingShapes-OmniScore", "seeds": (0, 1, 2), "updates": 30, "evals": 3, "tuning": _TUNED}
+_COMMON: dict[str, Any] = {
+    "env_id": "MovingShapes-OmniScore",
+    "seeds": (0, 1, 2),
+    "updates": 30,
+    "evals": 3,
+    "tuning": _TUNED,
+}
 
 REWEIGHTING = Experiment(
     name="videodpo-reweighting",

@@ -1,9 +1,9 @@
 """DEVIL: how much happens in videos, how well that follows the prompts, and quality at equal dynamics.
 
-Source: DEVIL (Liao et al. 2024, arXiv:2407.01094), MingXiangL/DEVIL. Networks stay outside: features are arguments, and
-so are the weights of the regressions to a dynamics score, which are not part of the published code; without them the
-absolute score cannot be had, its parts can. The default mends what the published code gets wrong; `mode="devil"` does
-as it does, for numbers to be put beside published ones.
+Source: DEVIL (Liao et al. 2024, arXiv:2407.01094), MingXiangL/DEVIL. This file is arithmetic on features and scores;
+`devil_measure` gets the parts of a dynamics score from videos. The weights of the regressions to that score are not
+part of the published code and are arguments: without them the absolute score cannot be had, its parts can. The default
+mends what the published code gets wrong; `mode="devil"` does as it does, for numbers to be put beside published ones.
 
 Legend: F frames, D features, V videos.
 """
@@ -31,7 +31,8 @@ GRADES = ("static", "low", "medium", "high", "very_high")
 """how dynamic a prompt asks a video to be: 0 to 4"""
 
 
-def _check_mode(mode: str) -> None:
+def check_mode(mode: str) -> None:
+    """Raises ValueError unless it is a mode."""
     if mode not in ("corrected", "devil"):
         raise ValueError(f"mode={mode!r} is unknown; expected 'corrected' or 'devil'")
 
@@ -93,7 +94,7 @@ def segment_distance(features: Tensor, *, mode: Mode = "corrected") -> Tensor:
 
     "devil" counts each segment's likeness to itself as a pair too, which shrinks the distance by (S - 1) / (S + 1).
     """
-    _check_mode(mode)
+    check_mode(mode)
     unit = _unit(features, 1)
     first = 0 if mode == "devil" else 1
     row, column = torch.triu_indices(unit.shape[-2], unit.shape[-2], offset=first, device=unit.device)
@@ -181,7 +182,7 @@ def quality_by_dynamics(
     Raises:
         ValueError: lengths that differ, a score outside [0,1], or no bin.
     """
-    _check_mode(mode)
+    check_mode(mode)
     if scores.ndim != 1 or scores.shape != quality.shape or not len(scores) or bins < 1:
         raise ValueError(f"{tuple(scores.shape)} scores, {tuple(quality.shape)} qualities, {bins} bins; expected equal")
     if not bool(((scores >= 0) & (scores <= 1)).all()):

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vdm_env.errors import MissingWeightsError
 from vdm_env.metrics.temporal import check_video
 from vdm_env.rewards.loading import RewardContext, frozen, load_strictly, read_tensors, seeded, warn_random
+from vdm_env.rewards.motion import find_raft
 
 Flow = Callable[[Tensor, Tensor], Tensor]
 RAFT_MIN_SIDE_PX = 128
@@ -139,10 +138,12 @@ class RaftFlow:
 
 
 def load_raft(context: RewardContext, *, small: bool = False, updates: int = 20) -> RaftFlow:
-    """RAFT with torchvision's weights C_T_V2, from `context.folder` or torch's hub cache; never downloads.
+    """RAFT with torchvision's weights C_T_V2, from the places of `rewards.motion.find_raft`; never downloads.
+
+    `vdm-env download Motion` fetches the large one.
 
     Raises:
-        MissingWeightsError: the file is in neither place.
+        MissingWeightsError: the file is in none of them.
         CorruptWeightsError: the file cannot be used.
     """
     from torchvision.models import optical_flow
@@ -154,22 +155,9 @@ def load_raft(context: RewardContext, *, small: bool = False, updates: int = 20)
     if context.weights == "random":
         warn_random("RAFT")
     else:
-        path = _find_raft(context, weights.url)
+        path = find_raft(context, weights.url)
         load_strictly(model, read_tensors(path), path)
     return RaftFlow(frozen(model, context), updates=updates)
-
-
-def _find_raft(context: RewardContext, url: str) -> Path:
-    name = url.rsplit("/", 1)[-1]
-    cache = Path(torch.hub.get_dir()) / "checkpoints"
-    for folder in [context.folder, cache] if context.folder is not None else [cache]:
-        if (Path(folder) / name).is_file():
-            return Path(folder) / name
-    raise MissingWeightsError(
-        f"optical flow needs torchvision's RAFT weights {name}, which are not in {context.folder or cache}. Fetch them "
-        f"once with `curl -L -O {url}` into that folder. Without any download there are the pixel measures of "
-        "`vdm_env.metrics.temporal`, and weights='random'"
-    )
 
 
 def mean_speed(video: Tensor, flow: Flow, chunk_size: int | None = None) -> Tensor:

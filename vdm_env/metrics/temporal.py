@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -41,7 +42,11 @@ def average(first: Tensor, second: Tensor) -> Tensor:
 
 
 def motion_smoothness(
-    video: Tensor, interpolate: Callable[[Tensor, Tensor], Tensor] = average, *, truncate: bool = False
+    video: Tensor,
+    interpolate: Callable[[Tensor, Tensor], Tensor] = average,
+    *,
+    truncate: bool = False,
+    chunk_size: int | None = None,
 ) -> Tensor:
     """How well frames 1, 3, 5, ... follow from their neighbours: 1 - mean |f_i - between(f_{i-1}, f_{i+1})|, in [0, 1].
 
@@ -53,14 +58,19 @@ def motion_smoothness(
         interpolate: frames [N,3,H,W] in [0,1] before and after -> the frames between, such as `flow.MidpointWarp`.
         truncate: cuts the interpolated frames down to 8 bits, as VBench does; the score loses up to 1/255 by it, and
             the gradient. VBench's own scores have this.
+        chunk_size: pairs of frames that `interpolate` sees at a time; None: all.
 
     Raises:
-        ValueError: another shape, or an `interpolate` that returns another shape.
+        ValueError: another shape, an `interpolate` that returns another shape, or a chunk_size below 1.
     """
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, or None for everything at once, got {chunk_size}")
     check_video(video, 3)
     even = video[:, ::2]
     between = video[:, 1::2][:, : even.shape[1] - 1].flatten(0, 1)
-    guess = interpolate(even[:, :-1].flatten(0, 1), even[:, 1:].flatten(0, 1))
+    before, after = even[:, :-1].flatten(0, 1), even[:, 1:].flatten(0, 1)
+    size = chunk_size or len(before)
+    guess = torch.cat([interpolate(a, b) for a, b in zip(before.split(size), after.split(size), strict=True)])
     if guess.shape != between.shape:
         raise ValueError(
             f"interpolate returned {tuple(guess.shape)}, expected {tuple(between.shape)}: one frame a pair"

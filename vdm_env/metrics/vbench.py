@@ -20,6 +20,7 @@ from torch import Tensor
 from vdm_env.metrics.flow import Flow, pair_flows, top_speed
 from vdm_env.metrics.temporal import check_video, frame_consistency, motion_smoothness, temporal_flicker
 from vdm_env.rewards.base import Reward
+from vdm_env.rewards.chunked import Chunked
 from vdm_env.rewards.preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, normalise
 from vdm_env.rewards.tensors import at_least_float32, in_chunks
 from vdm_env.rewards.viclip import short_side_crop
@@ -27,6 +28,7 @@ from vdm_env.rewards.viclip import short_side_crop
 FrameNetwork = Callable[[Tensor], Tensor]
 SIDE_PX = 224
 LONGEST_PX = 512
+VICLIP_FRAMES = 8
 
 
 def middle_frames(count: int, num_frames: int) -> Tensor:
@@ -112,10 +114,11 @@ def imaging_quality(video: Tensor, assessor: FrameNetwork, *, chunk_size: int | 
     return _each_frame(video, assessor, imaging_input, chunk_size).mean(1) / 100
 
 
-def overall_consistency(video: Tensor, prompts: list[str], viclip: Reward) -> Tensor:
+def overall_consistency(video: Tensor, prompts: list[str], viclip: Reward, *, chunk_size: int | None = None) -> Tensor:
     """Cosine of eight frames of each video and its prompt by ViCLIP: [B,F,3,H,W] in [0,1] -> [B]."""
     check_video(video, 1)
-    return viclip(video[:, middle_frames(8, video.shape[1]).to(video.device)], prompts)
+    videos = len(video) if chunk_size is None else max(1, chunk_size // VICLIP_FRAMES)
+    return Chunked(viclip, videos)(video[:, middle_frames(VICLIP_FRAMES, video.shape[1]).to(video.device)], prompts)
 
 
 def motion_limits(height: int, width: int, num_frames: int, *, at_least_one: bool = True) -> tuple[float, int]:
@@ -238,14 +241,21 @@ def measure(
     check_video(video, 3)
     if len(prompts) != len(video):
         raise ValueError(f"{len(prompts)} prompts for {len(video)} videos; give one for each")
+
+    def smoothness(net: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        return motion_smoothness(video, net, truncate=truncate, chunk_size=chunk_size)
+
     measures: dict[str, tuple[str, Callable[[Any], Tensor]]] = {
         "subject consistency": ("dino", lambda net: subject_consistency(video, net, chunk_size=chunk_size)),
         "background consistency": ("clip", lambda net: background_consistency(video, net, chunk_size=chunk_size)),
-        "motion smoothness": ("interpolate", lambda net: motion_smoothness(video, net, truncate=truncate)),
+        "motion smoothness": ("interpolate", smoothness),
         "dynamic degree": ("flow", lambda net: dynamic_degree(video, net, fps=fps, chunk_size=chunk_size)),
         "aesthetic quality": ("aesthetic", lambda net: aesthetic_quality(video, net, chunk_size=chunk_size)),
         "imaging quality": ("imaging", lambda net: imaging_quality(video, net, chunk_size=chunk_size)),
-        "overall consistency": ("viclip", lambda net: overall_consistency(video, prompts, net)),
+        "overall consistency": (
+            "viclip",
+            lambda net: overall_consistency(video, prompts, net, chunk_size=chunk_size),
+        ),
     }
     given = {field.name: getattr(networks, field.name) for field in fields(networks)}
     raw = {"temporal flickering": temporal_flicker(video)}

@@ -1,7 +1,8 @@
 """The published networks behind VBench's dimensions, from local files; nothing is downloaded.
 
 Two of them are in no library this package depends on, and named stand-ins take their place: MUSIQ (imaging quality) and
-AMT-S (motion smoothness). Give your own callables in `vbench.VBenchNetworks` to use the real ones.
+AMT-S (motion smoothness). `load_vbench(context, musiq=True)` has the real MUSIQ where the package pyiqa is installed;
+no library has AMT-S. Give your own callables in `vbench.VBenchNetworks` to use others.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 
 from vdm_env.metrics.flow import MidpointWarp, load_raft
 from vdm_env.metrics.vbench import FrameNetwork, SharpnessAndNoise, VBenchNetworks
+from vdm_env.rewards.aesthetic import build_aesthetic_v1
 from vdm_env.rewards.clip import ClipBackbone
-from vdm_env.rewards.clip_loading import VIT_L, transformers_clip
+from vdm_env.rewards.clip_loading import transformers_clip
 from vdm_env.rewards.loading import (
     RewardContext,
     find_files,
+    find_transformers,
     frozen,
     load_strictly,
     load_transformers,
@@ -27,8 +30,8 @@ from vdm_env.rewards.loading import (
 )
 from vdm_env.rewards.viclip import build_viclip, unit
 
-AESTHETIC_FILE = "sa_0_4_vit_l_14_linear.pth"
-_AESTHETIC_REPOSITORY = "LAION-AI/aesthetic-predictor"
+MUSIQ_FILE = "musiq_spaq_ckpt-358bb6af.pth"
+_MUSIQ_REPOSITORY = "chaofengc/IQA-PyTorch"
 _DINO_REPOSITORY = "facebook/dino-vitb16"
 VIT_B32: dict[str, Any] = {
     "projection_dim": 512,
@@ -67,8 +70,8 @@ class DinoFeatures(nn.Module):
         return self.model(pixel_values=pixels, interpolate_pos_encoding=True).last_hidden_state[:, 0]
 
 
-def load_dino(context: RewardContext) -> DinoFeatures:
-    """DINO ViT-B/16 (hub facebook/dino-vitb16).
+def load_dino(context: RewardContext, repository: str = _DINO_REPOSITORY, *, name: str = "VBench") -> DinoFeatures:
+    """DINO ViT-B/16 (hub facebook/dino-vitb16), or another of these; `name` is the metric that wants it.
 
     Raises:
         MissingWeightsError, CorruptWeightsError: see `rewards.loading`; so in all functions here.
@@ -85,8 +88,7 @@ def load_dino(context: RewardContext) -> DinoFeatures:
         with seeded(context.seed):
             model = Dino(ViTConfig(**(tiny if context.scale == "tiny" else {})))
     else:
-        path = find_files(context, "DINO", _DINO_REPOSITORY, ["config.json", "model.safetensors"])[0]
-        model = load_transformers(Dino, path.parent)
+        model = load_transformers(Dino, find_transformers(context, name, repository))
     return DinoFeatures(frozen(model, context))
 
 
@@ -103,42 +105,60 @@ def clip_features(backbone: ClipBackbone) -> FrameNetwork:
 
 def load_clip_b32(context: RewardContext) -> FrameNetwork:
     """The image tower of CLIP ViT-B/32 (hub openai/clip-vit-base-patch32)."""
-    return clip_features(transformers_clip(published(context), "CLIP", "openai/clip-vit-base-patch32", VIT_B32))
+    return clip_features(transformers_clip(published(context), "VBench", "openai/clip-vit-base-patch32", VIT_B32))
 
 
 class LinearAesthetic:
-    """LAION's first aesthetic predictor: a linear layer on unit CLIP features, `clip_input` -> [N], about 0 to 10.
+    """LAION's first aesthetic predictor: its head on unit CLIP features, `clip_input` -> [N], about 0 to 10."""
 
-    Not the head of `rewards.aesthetic`, which is LAION's second.
-    """
-
-    def __init__(self, features: FrameNetwork, head: nn.Linear) -> None:
+    def __init__(self, features: FrameNetwork, head: FrameNetwork) -> None:
         self.features, self.head = features, head
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        features: Tensor = unit(self.features(pixels))
-        return self.head(features.to(self.head.weight.dtype)).squeeze(-1)
+        return self.head(unit(self.features(pixels)))
 
 
 def load_aesthetic_v1(context: RewardContext) -> LinearAesthetic:
-    """CLIP ViT-L/14 (hub openai/clip-vit-large-patch14) and LAION's `sa_0_4_vit_l_14_linear.pth`."""
-    context = published(context)
-    features = clip_features(transformers_clip(context, "Aesthetic", "openai/clip-vit-large-patch14", VIT_L))
-    with seeded(context.seed + 1):
-        head = nn.Linear(VIT_L["projection_dim"], 1)
+    """The two networks of the reward "AestheticV1", which `vdm-env download AestheticV1` fetches."""
+    reward = build_aesthetic_v1(context)
+    return LinearAesthetic(clip_features(reward.backbone), reward.head)
+
+
+def load_musiq(context: RewardContext) -> FrameNetwork:
+    """MUSIQ trained on SPAQ, VBench's assessor: `imaging_input` [N,3,h,w] -> [N], 0 to 100.
+
+    The network is that of the package pyiqa (`pip install pyiqa`), which is optional; the weights are read here,
+    because pyiqa's own reader would run code from them, and would fetch them unasked.
+
+    Source: Ke et al. 2021, arXiv:2108.05997; chaofengc/IQA-PyTorch (weights).
+
+    Raises:
+        ImportError: pyiqa is not installed.
+        MissingWeightsError, CorruptWeightsError: see `rewards.loading`.
+    """
+    try:
+        from pyiqa.archs.musiq_arch import MUSIQ
+    except ImportError as error:
+        raise ImportError(
+            f"MUSIQ needs the package pyiqa ({error}): `pip install pyiqa`, or leave musiq=True out, and the stand-in "
+            "`SharpnessAndNoise` takes its place"
+        ) from error
+    with seeded(context.seed):
+        model: nn.Module = MUSIQ(pretrained=False)
     if context.weights == "pretrained":
-        address = f"https://github.com/{_AESTHETIC_REPOSITORY}/raw/main/{AESTHETIC_FILE}"
-        how = f"`curl -L -O {address}` (a data file of that git repository)"
-        (path,) = find_files(context, "aesthetic quality", _AESTHETIC_REPOSITORY, [AESTHETIC_FILE], how)
-        load_strictly(head, read_tensors(path), path)
-    return LinearAesthetic(features, frozen(head, context))
+        (path,) = find_files(context, "MUSIQ", _MUSIQ_REPOSITORY, [MUSIQ_FILE])
+        load_strictly(model, {k.removeprefix("module."): v for k, v in read_tensors(path).items()}, path)
+    else:
+        warn_random("MUSIQ")
+    model = frozen(model, context)
+    return lambda frames: model(frames.to(next(model.parameters()))).flatten().float()
 
 
-def load_vbench(context: RewardContext) -> VBenchNetworks:
+def load_vbench(context: RewardContext, *, musiq: bool = False) -> VBenchNetworks:
     """All networks of `vbench.measure`: DINO, both CLIPs and the aesthetic head, RAFT, ViCLIP, and two stand-ins.
 
-    Imaging quality comes from `SharpnessAndNoise` and motion smoothness from `MidpointWarp`; `measure` names them with
-    the scores.
+    Imaging quality comes from `SharpnessAndNoise`, or with `musiq` from `load_musiq`, and motion smoothness from
+    `MidpointWarp`; `measure` names stand-ins with the scores.
     """
     flow = load_raft(context)
     return VBenchNetworks(
@@ -147,6 +167,6 @@ def load_vbench(context: RewardContext) -> VBenchNetworks:
         interpolate=MidpointWarp(flow),
         flow=flow,
         aesthetic=load_aesthetic_v1(context),
-        imaging=SharpnessAndNoise(),
+        imaging=load_musiq(context) if musiq else SharpnessAndNoise(),
         viclip=build_viclip(context),
     )

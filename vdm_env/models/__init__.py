@@ -35,7 +35,7 @@ def _unet3d(name: str) -> Callable[..., VideoModel]:
     def load(*, weights: str, scale: str, device: Any, dtype: Any, seed: int = 0) -> VideoModel:
         from vdm_env.models import unet3d
 
-        spec = {"ModelScope": unet3d.MODELSCOPE, "VideoCrafter2": unet3d.VIDEOCRAFTER2}[name]
+        spec = {s.name: s for s in (unet3d.MODELSCOPE, unet3d.ZEROSCOPE, unet3d.VIDEOCRAFTER2)}[name]
         return unet3d.load(spec, weights=weights, scale=scale, device=device, dtype=dtype, seed=seed)
 
     return load
@@ -90,6 +90,7 @@ MODELS: dict[str, ModelEntry] = {
     "T2VTurboV2": ModelEntry(_turbo("T2VTurboV2"), "the same with motion guidance, 16 consistency steps"),
     "OpenSora1.2": ModelEntry(_opensora, "STDiT3, 240x426, 51 frames, rectified flow"),
     "ModelScope": ModelEntry(_unet3d("ModelScope"), "UNet3D, 256x256, 16 frames, DDIM"),
+    "Zeroscope": ModelEntry(_unet3d("Zeroscope"), "ModelScope trained on: 320x576, 24 frames, DDIM"),
     "AnimateDiff": ModelEntry(
         _family("animatediff", "ANIMATEDIFF"), "Stable Diffusion 1.5 with motion modules, 512x512, 16 frames, DDIM"
     ),

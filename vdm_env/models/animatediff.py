@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from vdm_env.errors import MissingWeightsError
-from vdm_env.models.base import Condition, FrameCodec, ModelSpec, TokenTextEncoder, frozen
+from vdm_env.models.base import Condition, ModelSpec, TokenTextEncoder, frozen, tiny_spec
+from vdm_env.models.codec import FrameCodec
 from vdm_env.models.loading import load_folder
 from vdm_env.models.local_weights import Published, find_cached, find_folder, missing
 from vdm_env.models.opensora_weights import read_json
@@ -32,12 +33,15 @@ from vdm_env.models.releases import UNCONFIRMED, find_release, placed, release
 from vdm_env.models.unet3d import seeded
 from vdm_env.schedule import VPSchedule, linear_alphas_cumprod
 
+MAX_FRAMES = 32
+"""Positions of the motion modules."""
 ANIMATEDIFF = ModelSpec(
     name="AnimateDiff",
     height=512,
     width=512,
     num_frames=16,
     spatial_stride=8,
+    max_frames=MAX_FRAMES,
     size_multiple=8,
     num_steps=50,
     guidance_scale=7.5,
@@ -47,8 +51,6 @@ SCHEDULE = VPSchedule(
     alphas_cumprod=linear_alphas_cumprod(1000, 0.00085, 0.012), prediction="epsilon", final_alpha_cumprod=1.0
 )
 """Stable Diffusion's smallest and largest beta, but linear between them."""
-MAX_FRAMES = 32
-"""Positions of the motion modules."""
 TEXT_TOKENS, END_TOKEN = 77, 49407
 BASE = release(
     "StableDiffusion1.5",
@@ -139,18 +141,17 @@ def load(
             f"{spec.name} has random weights: use it for tests, speed and memory, not for results", stacklevel=3
         )
         if scale == "tiny":
-            spec = replace(spec, num_frames=4, height=64, width=64)
+            spec = tiny_spec(spec, 4, 64, 64)
         with seeded(seed, device):
             parts = {n: frozen(placed(make(), device, dtype)) for n, make in untrained(scale == "tiny").items()}
     return PipelineModel(
-        spec=spec,
+        spec=replace(spec, max_frames=parts["unet"].config.motion_max_seq_length),  # an adapter may have others
         denoiser=parts["unet"],
         schedule=SCHEDULE,
         codec=FrameCodec(vae=parts["vae"]),
         # Stable Diffusion 1.5 pads with the end token, where OpenCLIP's tokenizer pads with 0.
-        text=TokenTextEncoder(encoder=parts["text_encoder"], tokenize=tokenize),
+        text=TokenTextEncoder(encoder=parts["text_encoder"].to("cpu"), tokenize=tokenize, device=torch.device(device)),
         call=call_animatediff,
-        max_frames=parts["unet"].config.motion_max_seq_length,
     )
 
 

@@ -9,12 +9,15 @@ Legend: B videos, C latent channels, F latent frames, H W latent rows and column
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from vdm_env.models.codec import FrameCodec, tile_decoding
+from vdm_env.models.visiting import visiting
 from vdm_env.schedule import Schedule
 
 Condition = dict[str, Tensor]
@@ -35,6 +38,10 @@ class ModelSpec:
     temporal_stride: int = 1
     """video frames a latent frame covers"""
     latent_channels: int = 4
+    max_frames: int | None = None
+    """most frames that the release is made for, or that the network's positions reach; None: no limit is known"""
+    max_side: int | None = None
+    """longest height and width that the network's positions reach; None: no limit is known"""
     size_multiple: int = 1
     """height and width must be multiples of this (at least `spatial_stride`)"""
     num_steps: int = 50
@@ -92,17 +99,46 @@ class VideoModel(Protocol):
         ...
 
 
+TINY_STEPS = 4
+"""Denoising steps of a shrunken model by default: enough for both networks of Wan 2.2 to have their turn."""
+
+
+def tiny_spec(spec: ModelSpec, num_frames: int, height: int, width: int) -> ModelSpec:
+    """The spec of a shrunken model: such videos by default, and few steps; what else the release is stays."""
+    steps = min(spec.num_steps, TINY_STEPS)
+    return replace(spec, num_frames=num_frames, height=height, width=width, num_steps=steps)
+
+
+def check_frames(spec: ModelSpec, num_frames: int) -> None:
+    """Refuses more frames than the model is made for.
+
+    Raises:
+        ValueError: it is more than `spec.max_frames`.
+    """
+    if spec.max_frames is not None and num_frames > spec.max_frames:
+        raise ValueError(
+            f"{spec.name}: num_frames={num_frames} is more than the {spec.max_frames} frames that it is made for; try "
+            f"num_frames={spec.max_frames}, or give a model object whose spec has another max_frames (None: no limit)"
+        )
+
+
 def latent_shape(spec: ModelSpec, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
     """(C, F, H, W) for models whose strides divide the size.
 
     Raises:
-        ValueError: a size that is not a positive multiple of the model's strides.
+        ValueError: a size that is not a positive multiple of the model's strides, or too many frames.
     """
+    check_frames(spec, num_frames)
     multiple = max(spec.size_multiple, spec.spatial_stride)
     for name, value in (("height", height), ("width", width)):
         if value <= 0 or value % multiple:
             near = max(multiple, round(value / multiple) * multiple)
             raise ValueError(f"{spec.name}: {name}={value} is not a positive multiple of {multiple}; try {name}={near}")
+        if spec.max_side is not None and value > spec.max_side:
+            raise ValueError(
+                f"{spec.name}: {name}={value}, but its positions reach {spec.max_side} pixels; "
+                f"try {name}={spec.max_side}"
+            )
     if num_frames <= 0 or (num_frames - 1) % spec.temporal_stride:
         stride = spec.temporal_stride
         near = max(0, round((num_frames - 1) / stride)) * stride + 1
@@ -116,38 +152,26 @@ def latent_shape(spec: ModelSpec, num_frames: int, height: int, width: int) -> t
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrameCodec:
-    """An image autoencoder (diffusers `AutoencoderKL`) applied frame by frame."""
-
-    vae: Any
-
-    @torch.no_grad()
-    def encode(self, video: Tensor) -> Tensor:
-        """[B,F,3,H,W] in [0,1] to scaled latents [B,C,F,h,w] (the posterior's mean)."""
-        frames = video.flatten(0, 1).to(self.vae.dtype) * 2 - 1
-        latents = self.vae.encode(frames).latent_dist.mean * self.vae.config.scaling_factor
-        return latents.unflatten(0, video.shape[:2]).transpose(1, 2).float()
-
-    def decode(self, latents: Tensor, frames: Tensor | None = None) -> Tensor:
-        """Scaled latents [B,C,F,h,w] to [B,n,3,H,W] in [0,1]; only the chosen frames [B,n] are decoded."""
-        z = latents.transpose(1, 2)
-        if frames is not None:
-            z = z[torch.arange(len(z), device=z.device)[:, None], frames.to(z.device)]
-        images = self.vae.decode((z.flatten(0, 1) / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
-        return (images.float() / 2 + 0.5).clamp(0, 1).unflatten(0, z.shape[:2])
-
-
-@dataclass(frozen=True, kw_only=True)
 class TokenTextEncoder:
-    """A transformers text encoder and a function from texts to token ids."""
+    """A transformers text encoder and a function from texts to token ids.
+
+    Every prompt is embedded once by the environment, which keeps the result.
+    """
 
     encoder: Any
     tokenize: Callable[[list[str]], Tensor]
+    device: torch.device | None = None
+    """where it runs; it rests in main memory otherwise. None: it stays where it is"""
+
+    def visit(self) -> AbstractContextManager[None]:
+        """Inside, the encoder stays on the device from one call to the next."""
+        return nullcontext() if self.device is None else visiting(self.encoder, self.device)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Condition:
-        ids = self.tokenize(list(prompts)).to(self.encoder.device)
-        return {"text": self.encoder(ids).last_hidden_state}
+        ids = self.tokenize(list(prompts))
+        with self.visit():
+            return {"text": self.encoder(ids.to(self.encoder.device)).last_hidden_state}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +191,14 @@ class LatentVideoModel:
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         return self.text(prompts)
 
+    def embedding(self) -> AbstractContextManager[None]:
+        """Inside, several `encode_prompts` move the text encoder to its device and back only once."""
+        return embedding(self.text)
+
+    def tile_decoding(self, on: bool = True) -> None:
+        """Encodes and decodes large pictures in overlapping tiles: less memory, slightly other pixels at the seams."""
+        tile_decoding(self.codec.vae, on)
+
     def encode(self, video: Tensor) -> Tensor:
         return self.codec.encode(video)
 
@@ -175,6 +207,12 @@ class LatentVideoModel:
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         return latent_shape(self.spec, num_frames, height, width)
+
+
+def embedding(text: Any) -> AbstractContextManager[None]:
+    """The visit of a text encoder that rests in main memory; nothing where it has none."""
+    visit = getattr(text, "visit", None)
+    return nullcontext() if visit is None else visit()
 
 
 def frozen(module: nn.Module) -> nn.Module:

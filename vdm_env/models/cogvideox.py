@@ -42,6 +42,7 @@ _COMMON: dict[str, Any] = dict(
     spatial_stride=8,
     temporal_stride=4,
     latent_channels=16,
+    max_frames=49,  # of training, six seconds
     size_multiple=16,  # the network patches latents 2x2
     num_steps=50,
     guidance_scale=6.0,

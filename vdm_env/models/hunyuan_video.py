@@ -23,8 +23,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
 
 from vdm_env.models.base import Condition, ModelSpec
 from vdm_env.models.opensora_weights import Tokenize
-from vdm_env.models.parts import TINY_TOKENS, PipelineModel, all_latents, network_type, video_codec, visiting
+from vdm_env.models.parts import TINY_TOKENS, PipelineModel, all_latents, network_type, video_codec
 from vdm_env.models.releases import load_parts, release
+from vdm_env.models.visiting import visiting
 from vdm_env.schedule import FlowSchedule
 
 HUNYUAN_VIDEO = ModelSpec(
@@ -35,6 +36,7 @@ HUNYUAN_VIDEO = ModelSpec(
     spatial_stride=8,
     temporal_stride=4,
     latent_channels=16,
+    max_frames=129,  # of training, five seconds
     size_multiple=16,
     num_steps=50,
     sampler="dance",

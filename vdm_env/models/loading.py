@@ -1,4 +1,4 @@
-"""Loading diffusers and transformers folders safely: safetensors only, one clear error for what can go wrong."""
+"""Loading diffusers and transformers folders safely: no code runs, one clear error for what can go wrong."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import logging
 
+from vdm_env.checksums import check_file
 from vdm_env.errors import CorruptWeightsError, MissingWeightsError
 from vdm_env.models.base import frozen
 
@@ -21,34 +21,38 @@ def load_folder(cls: Any, folder: Path, *, device: torch.device | str, dtype: to
 
     Args:
         cls: class with `from_pretrained`.
-        folder: config.json and one or more safetensors files.
+        folder: config.json and one or more safetensors files, or torch archives (`*.bin`) where there are none.
 
     Raises:
         MissingWeightsError: the folder or its weights are not there.
-        CorruptWeightsError: a file is truncated or damaged, or its tensors are not the architecture's.
+        CorruptWeightsError: a file is truncated, damaged or not the one that was fetched (see `vdm_env.checksums`), or
+            its tensors are not the architecture's.
     """
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if not files or not (folder / "config.json").is_file():
         raise MissingWeightsError(
             f"no weights of {cls.__name__} in {folder}: expected config.json and *.safetensors there. If the package "
             "was installed from source, install it again; if you made this folder, save the module with save_pretrained"
         )
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as handle:
-                handle.keys()
-        except (SafetensorError, OSError) as error:
-            raise CorruptWeightsError(
-                f"{file} is damaged or truncated ({error}); expected a complete safetensors file. "
-                "Restore it: fetch or copy it again, then retry"
-            ) from error
+    for file in (folder / "config.json", *files):
+        check_file(file)
     try:
         # Some classes draw their initial values first, even when a file replaces all of them.
         with _no_progress_bar(), torch.random.fork_rng(devices=[]):
-            loaded = cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, output_loading_info=True)
-    except (RuntimeError, ValueError, OSError) as error:
+            loaded = cls.from_pretrained(
+                folder,
+                torch_dtype=dtype,
+                local_files_only=True,
+                output_loading_info=True,
+                use_safetensors=files[0].suffix == ".safetensors",
+            )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # what a damaged config.json makes a constructor raise can be anything
+        reason = f"{type(error).__name__}: {error}".strip()
         raise CorruptWeightsError(
-            f"{folder} does not hold a {cls.__name__} as its config.json describes: {error}"
+            f"{folder} does not hold a {cls.__name__} as its config.json describes ({reason}). One of config.json, "
+            f"{', '.join(file.name for file in files)} is damaged or of another model: fetch or copy them again"
         ) from error
     module, info = loaded
     wrong = {

@@ -13,7 +13,7 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 
 from vdm_env.errors import MissingWeightsError
-from vdm_env.weights_folder import VARIABLE, given_root, home
+from vdm_env.weights_folder import VARIABLE, given_root, home, user_cache
 
 UNWANTED = ("*.bin", "*.ckpt", "*.h5", "*.msgpack", "*.onnx*", "*.fp16.*", "*non_ema*")
 """Further copies of the weights in other formats, which releases keep beside the safetensors files that are read."""
@@ -39,7 +39,7 @@ class Published:
 
 def find_folder(published: Published, fits: Callable[[Path], bool]) -> Path | None:
     """The first folder that `fits`: VDM_WEIGHTS, its sub-folders named like the model or repository, or the cache's."""
-    roots = [root for root in (given_root(), home()) if root is not None]
+    roots = [root for root in dict.fromkeys((given_root(), home(), user_cache())) if root is not None]
     names = (published.model, published.repository, published.repository.split("/")[-1])
     places = [place for root in roots for place in (*(root / name for name in names), root)]
     return next((place for place in places if fits(place)), None)

@@ -39,6 +39,7 @@ LTX_VIDEO = ModelSpec(
     spatial_stride=32,
     temporal_stride=8,
     latent_channels=128,
+    max_frames=257,  # what the release's page gives as the most (from memory)
     size_multiple=32,
     num_steps=50,
     sampler="flow_grpo",

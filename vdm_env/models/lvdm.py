@@ -15,10 +15,8 @@ that its authors load it into strictly.
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,18 +24,22 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet3DConditionModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from huggingface_hub.utils import WeakFileLock
+from safetensors.torch import save_file
 from torch import Tensor
 
+from vdm_env.checksums import file_sha256, write_manifest
 from vdm_env.errors import CorruptWeightsError
 from vdm_env.grids import latent_scale_lvdm, scaled_linear_alphas_cumprod
+from vdm_env.models.checkpoint_files import read_checkpoint
 from vdm_env.models.lvdm_keys import Entry, text_entries, unet_entries, vae_entries
 from vdm_env.models.lvdm_sizes import AutoencoderSizes, TextSizes, UNetSizes
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 TEXT_PREFIX = "cond_stage_model.model."
+CONVERTED = "converted"
+"""Sub-folder of a model's folder in which the converted weights lie."""
 MARKER = "vdm_env.json"
 """File that says a folder was written by `save_folders`, and of which model it is."""
 NUM_TRAIN_TIMESTEPS = 1000
@@ -87,56 +89,6 @@ class Conversion:
     text_encoder: dict[str, Tensor]
     unused: tuple[str, ...]
     """checkpoint names that were left out, all of them known"""
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by their LVDM names; nothing in the file is executed.
-
-    Args:
-        path: a torch checkpoint (its `state_dict` entry is taken where it has one) or a safetensors file.
-
-    Raises:
-        FileNotFoundError: no such file.
-        CorruptWeightsError: truncated, damaged, not a dictionary of tensors, or a pickle that would have to run code.
-    """
-    path = Path(path)
-    content = unpickle(path)
-    content = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CorruptWeightsError(
-            f"{path} holds {type(content).__name__} with other things than tensors; expected the dictionary of tensors "
-            "of a checkpoint, or one under 'state_dict'. Fetch the file again"
-        )
-    return content
-
-
-def unpickle(path: Path) -> Any:
-    """Content of a torch or safetensors file, on the CPU; a torch file is mapped into memory where its format allows.
-
-    Raises:
-        FileNotFoundError, CorruptWeightsError: see `read_checkpoint`.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (
-        SafetensorError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        OSError,
-        KeyError,
-    ) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CorruptWeightsError(
-            f"{path} ({path.stat().st_size} bytes) is truncated, damaged, or cannot be read without running code from "
-            f"it ({reason}); delete it and fetch or copy it again"
-        ) from error
 
 
 def check_tensors(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, Tensor], what: str) -> None:
@@ -251,11 +203,16 @@ def _check_schedule(buffers: Mapping[str, Tensor], what: str) -> None:
 
 
 def save_folders(
-    conversion: Conversion, folder: str | Path, sizes: Sizes | None = None, model: str = "VideoCrafter2"
+    conversion: Conversion,
+    folder: str | Path,
+    sizes: Sizes | None = None,
+    model: str = "VideoCrafter2",
+    source: Path | None = None,
 ) -> Path:
     """Writes unet/, conditioning/, vae/ and text_encoder/ as safetensors; the folder appears complete or not at all.
 
-    unet/, vae/ and text_encoder/ are ordinary diffusers and transformers folders.
+    unet/, vae/ and text_encoder/ are ordinary diffusers and transformers folders. Checksums of all files lie beside
+    them (see `vdm_env.checksums`), and what `source`, the checkpoint they were made from, looked like.
 
     Raises:
         FileExistsError: there is something at `folder` already.
@@ -277,7 +234,9 @@ def save_folders(
         sizes.text.transformers().save_pretrained(building / "text_encoder")
         _save(conversion.text_encoder, building / "text_encoder" / "model.safetensors")
         _save(conversion.conditioning, building / "conditioning" / "model.safetensors")
-        (building / MARKER).write_text(json.dumps({"model": model, "format": 1}) + "\n")
+        made_from = {} if source is None else {"source": _looks(source) | {"sha256": file_sha256(source)}}
+        (building / MARKER).write_text(json.dumps({"model": model, "format": 1} | made_from) + "\n")
+        write_manifest(building, [file for file in sorted(building.rglob("*")) if file.is_file()])
         building.chmod(0o755)  # a temporary folder is private
         building.rename(folder)
     except BaseException:
@@ -292,6 +251,28 @@ def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
     save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
 
 
+def _looks(checkpoint: Path) -> dict[str, Any]:
+    """What tells a file from another at a glance."""
+    state = checkpoint.stat()
+    return {"bytes": state.st_size, "modified_ns": state.st_mtime_ns}
+
+
+def check_source(folder: Path, checkpoint: Path) -> None:
+    """Whether converted weights were made from this checkpoint; by its content only if it does not look the same.
+
+    Raises:
+        CorruptWeightsError: they are those of another one.
+    """
+    source = json.loads((folder / MARKER).read_text()).get("source")
+    if not isinstance(source, dict) or _looks(checkpoint).items() <= source.items():
+        return
+    if source.get("bytes") != checkpoint.stat().st_size or source.get("sha256") != file_sha256(checkpoint):
+        raise CorruptWeightsError(
+            f"{folder} holds the converted weights of another checkpoint than {checkpoint}; remove that folder, and "
+            "the checkpoint is converted anew, or take the checkpoint away"
+        )
+
+
 def is_converted(folder: Path, model: str = "VideoCrafter2") -> bool:
     """Whether `save_folders` wrote this folder for that model."""
     try:
@@ -303,7 +284,18 @@ def is_converted(folder: Path, model: str = "VideoCrafter2") -> bool:
 def convert_file(checkpoint: str | Path, folder: str | Path, sizes: Sizes | None = None) -> Path:
     """Reads a checkpoint and writes the folders, once; returns the folder.
 
+    Several processes may ask for it at the same time: one converts, the others wait and take what it wrote. What an
+    interrupted conversion left behind is removed.
+
     Raises:
         FileNotFoundError, FileExistsError, CorruptWeightsError: see `read_checkpoint`, `save_folders` and `convert`.
     """
-    return save_folders(convert(read_checkpoint(checkpoint), sizes, str(checkpoint)), folder, sizes)
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(folder.parent / f".{folder.name}.lock"):
+        if is_converted(folder):
+            return folder
+        for left in folder.parent.glob(f".{folder.name}-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        conversion = convert(read_checkpoint(checkpoint), sizes, str(checkpoint))
+        return save_folders(conversion, folder, sizes, source=Path(checkpoint))

@@ -38,6 +38,7 @@ MOCHI = ModelSpec(
     spatial_stride=8,
     temporal_stride=6,
     latent_channels=12,
+    max_frames=163,
     size_multiple=16,
     num_steps=64,
     sampler="flow_grpo",

@@ -12,8 +12,10 @@ from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
 from vdm_env.errors import CorruptWeightsError
 from vdm_env.models import dit, unet3d
-from vdm_env.models.base import FrameCodec, LatentVideoModel, ModelSpec, TokenTextEncoder, frozen
+from vdm_env.models.base import LatentVideoModel, ModelSpec, TokenTextEncoder, frozen
+from vdm_env.models.codec import FrameCodec
 from vdm_env.models.loading import load_folder
+from vdm_env.models.recompute import make_recomputable
 from vdm_env.schedule import FlowSchedule
 from vdm_env.worlds.moving_shapes import WEIGHTS
 
@@ -21,13 +23,15 @@ _COMMON: dict[str, Any] = dict(
     height=32,
     width=32,
     num_frames=8,
+    max_frames=16,
     spatial_stride=4,
     size_multiple=8,  # the UNet halves the latents once, the transformer patches them 2x2
     num_steps=10,
     guidance_scale=3.0,
     world="moving_shapes",
 )
-FLOW_SPEC = ModelSpec(name="MovingShapes", sampler="flow_grpo", noise_level=0.7, **_COMMON)
+"""Trained on 8 frames; the transformer has 16 positions in each direction, a frame or 8 pixels each."""
+FLOW_SPEC = ModelSpec(name="MovingShapes", sampler="flow_grpo", noise_level=0.7, max_side=128, **_COMMON)
 UNET_SPEC = ModelSpec(name="MovingShapesUNet", sampler="ddim", noise_level=1.0, **_COMMON)
 
 
@@ -71,6 +75,8 @@ def load(
             denoiser = frozen(cls.from_config(cls.load_config(folder / kind / sub)).to(**place))
     else:
         denoiser = load_folder(cls, folder / kind / sub, **place)
+    if kind == "unet":
+        make_recomputable(denoiser)
     schedule = FlowSchedule(shift=2.0) if kind == "flow" else unet3d.SD_SCHEDULE
     return LatentVideoModel(
         spec=spec,

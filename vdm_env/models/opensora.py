@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,12 +22,15 @@ import torch
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
-from vdm_env.models.base import Condition, ModelSpec, frozen
+from vdm_env.models.base import Condition, ModelSpec, check_frames, embedding, frozen, tiny_spec
+from vdm_env.models.codec import tile_decoding
 from vdm_env.models.opensora_vae import SPATIAL_STRIDE, OpenSoraVAE, TemporalVAEConfig, VideoVAEConfig
 from vdm_env.models.opensora_weights import NAME, T5Text, byte_tokenizer, find_release, read_stdit3, read_text, read_vae
 from vdm_env.models.stdit3 import STDiT3, STDiT3Config, exact
 from vdm_env.schedule import FlowSchedule, opensora_shift
 
+MIN_FRAMES, MAX_FRAMES = 17, 408
+"""One chunk of the autoencoder (below it the noise grid is not defined) to 16 seconds, the longest of training."""
 OPENSORA12 = ModelSpec(
     name=NAME,
     height=240,
@@ -35,6 +38,7 @@ OPENSORA12 = ModelSpec(
     num_frames=51,
     spatial_stride=SPATIAL_STRIDE,
     temporal_stride=4,
+    max_frames=MAX_FRAMES,
     size_multiple=SPATIAL_STRIDE,
     num_steps=30,
     sampler="flow_grpo",
@@ -45,8 +49,6 @@ OPENSORA12 = ModelSpec(
 )
 """The release at 240p, 9:16, two seconds; VADER's and the release's script sample with `sampler="flow_ode"`."""
 
-MIN_FRAMES, MAX_FRAMES = 17, 408
-"""One chunk of the autoencoder (below it the noise grid is not defined) to 16 seconds, the longest of training."""
 NOMINAL_SIZES = (426, 854)
 """Sides of 240p and 480p in 16:9 that no 8 divides; the decoded side is 424 and 848."""
 IMAGE_FPS = 120.0
@@ -123,6 +125,14 @@ class OpenSoraModel:
             text[rows], mask[rows] = encoded["text"].to(text), encoded["mask"].to(mask)
         return {"text": text, "mask": mask}
 
+    def embedding(self) -> AbstractContextManager[None]:
+        """Inside, several `encode_prompts` move the text encoder to its device and back only once."""
+        return embedding(self.text)
+
+    def tile_decoding(self, on: bool = True) -> None:
+        """The spatial stage works on large pictures in overlapping tiles: less memory, other pixels at the seams."""
+        tile_decoding(self.vae.spatial_vae["module"], on)
+
     def unconditional(self, condition: Condition) -> Condition:
         """What guidance contrasts these with: the null caption, under each prompt's mask as in the release."""
         return {**condition, "text": self._null_caption().to(condition["text"]).expand_as(condition["text"])}
@@ -164,11 +174,11 @@ class OpenSoraModel:
                     f"{name}: {side}={value} is neither a positive multiple of {SPATIAL_STRIDE} nor one of the "
                     f"release's {NOMINAL_SIZES}; try {side}={near}"
                 )
-        if num_frames != 1 and not MIN_FRAMES <= num_frames <= MAX_FRAMES:
-            near = min(max(num_frames, MIN_FRAMES), MAX_FRAMES)
+        check_frames(self.spec, num_frames)
+        if num_frames != 1 and num_frames < MIN_FRAMES:
             raise ValueError(
                 f"{name}: num_frames={num_frames}; it makes a single frame or {MIN_FRAMES} to {MAX_FRAMES}; "
-                f"try num_frames={near}"
+                f"try num_frames={MIN_FRAMES}"
             )
         return self.spec.latent_channels, *self.vae.config.latent_size(num_frames, height, width)
 
@@ -221,7 +231,7 @@ def load(
             f"{spec.name} has random weights: use it for tests, speed and memory, not for results", stacklevel=3
         )
         if scale == "tiny" and spec == OPENSORA12:
-            spec = replace(spec, num_frames=17, height=48, width=64)
+            spec = tiny_spec(spec, 17, 48, 64)
         with _building(device, dtype, seed):
             denoiser, vae, text = _random(scale == "tiny")
     frozen(text.encoder)
@@ -246,17 +256,18 @@ def _random(tiny: bool) -> tuple[STDiT3, OpenSoraVAE, T5Text]:
         )
         text = dict(vocab_size=384, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     encoder = T5EncoderModel(T5Config(**text, feed_forward_proj="gated-gelu", use_cache=False))
-    return STDiT3(config), OpenSoraVAE(vae), T5Text(encoder=encoder, tokenize=byte_tokenizer(config.model_max_length))
+    device = encoder.device
+    tokenize = byte_tokenizer(config.model_max_length)
+    return STDiT3(config), OpenSoraVAE(vae), T5Text(encoder=encoder.to("cpu"), tokenize=tokenize, device=device)
 
 
 def _pretrained(device: torch.device, dtype: torch.dtype) -> tuple[STDiT3, OpenSoraVAE, T5Text]:
     folders = find_release()
     denoiser, vae = read_stdit3(folders["network"]), read_vae(folders["vae"])
-    text = read_text(folders["text"], denoiser.config.model_max_length, dtype)
+    text = read_text(folders["text"], denoiser.config.model_max_length, dtype, device=device)
     angles = denoiser.rope.freqs
     denoiser.to(device=device, dtype=dtype)
     vae.to(device=device, dtype=dtype)
-    text.encoder.to(device)
     if dtype != torch.float64:
         denoiser.rope.freqs = angles.to(device)  # rounded to bfloat16 they would blur the positions of late frames
     return denoiser, vae, text

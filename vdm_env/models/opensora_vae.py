@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from vdm_env.models.codec import recomputed
 
 SPATIAL_STRIDE = 8
 _SDXL_VAE: dict[str, Any] = dict(
@@ -247,16 +248,11 @@ class OpenSoraVAE(nn.Module):
         size are what memory runs out on.
         """
         images = cells.transpose(1, 2).flatten(0, 1).to(self.dtype) / self.config.spatial_scale
-        parts = [self._decode_images(part) for part in images.split(self.config.batch_frames)]
+        parts = [recomputed(self._decode_images, part) for part in images.split(self.config.batch_frames)]
         return torch.cat(parts).unflatten(0, (len(cells), -1)).transpose(1, 2)
 
     def _decode_images(self, cells: Tensor) -> Tensor:
-        def run(cells: Tensor) -> Tensor:
-            return self._images.decode(cells).sample
-
-        if torch.is_grad_enabled() and cells.requires_grad:
-            return checkpoint(run, cells, use_reentrant=False, preserve_rng_state=False)
-        return run(cells)
+        return self._images.decode(cells).sample
 
     def encode(self, video: Tensor) -> Tensor:
         """Frames [B,3,F,H,W] in [-1, 1] to diffusion latents [B,4,f,h,w]."""
@@ -271,6 +267,7 @@ class OpenSoraVAE(nn.Module):
             latents: of a video of `num_frames` frames.
             num_frames: F.
             needed: the frames that will be looked at; cells of chunks without any of them are left zero. None is all.
+                With gradients, each chunk is computed anew in the backward pass.
 
         Raises:
             ValueError: as many latent frames as such a video cannot have.
@@ -287,7 +284,7 @@ class OpenSoraVAE(nn.Module):
         for i, chunk in enumerate(z.split(config.latent_frames(config.chunk_frames), dim=2)):
             frames = min(config.chunk_frames, num_frames - i * config.chunk_frames)
             if chosen is None or i in chosen:
-                parts.append(self.temporal_vae.decode(chunk, frames))
+                parts.append(recomputed(self.temporal_vae.decode, chunk, frames))
             else:
                 parts.append(chunk.new_zeros(*chunk.shape[:2], frames, *chunk.shape[3:]))
         return torch.cat(parts, dim=2)

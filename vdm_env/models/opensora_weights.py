@@ -13,23 +13,26 @@ import html
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ftfy
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, T5EncoderModel
 
+from vdm_env.checksums import check_file
 from vdm_env.errors import CorruptWeightsError, MissingWeightsError
 from vdm_env.models import local_weights
 from vdm_env.models.base import Condition
+from vdm_env.models.loading import load_folder
 from vdm_env.models.local_weights import Published
 from vdm_env.models.opensora_vae import OpenSoraVAE, VideoVAEConfig
 from vdm_env.models.stdit3 import STDiT3, STDiT3Config
+from vdm_env.models.visiting import visiting
 
 NAME = "OpenSora1.2"
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
@@ -102,15 +105,25 @@ def byte_tokenizer(length: int) -> Tokenize:
 
 @dataclass(frozen=True, kw_only=True)
 class T5Text:
-    """Prompts to T5 states `text` [B,L,D] and `mask` [B,L], cleaned and padded as in the release."""
+    """Prompts to T5 states `text` [B,L,D] and `mask` [B,L], cleaned and padded as in the release.
+
+    Every prompt is embedded once by the environment, which keeps the result; the encoder (4.8 billion parameters) is on
+    the device only meanwhile.
+    """
 
     encoder: Any
     tokenize: Tokenize
+    device: torch.device
+
+    def visit(self) -> AbstractContextManager[None]:
+        """Inside, the encoder stays on the device from one call to the next."""
+        return visiting(self.encoder, self.device)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Condition:
-        ids, mask = (v.to(self.encoder.device) for v in self.tokenize([release_prompt(p) for p in prompts]))
-        return {"text": self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state, "mask": mask}
+        ids, mask = (v.to(self.device) for v in self.tokenize([release_prompt(p) for p in prompts]))
+        with self.visit():
+            return {"text": self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state, "mask": mask}
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -120,12 +133,10 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file.
 
     Raises:
-        CorruptWeightsError: truncated or damaged.
+        CorruptWeightsError: truncated, damaged, or not the file that was fetched (see `vdm_env.checksums`).
     """
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise CorruptWeightsError(f"{file} is damaged or truncated ({error}); fetch or copy it again") from error
+    check_file(file)
+    return load_file(file)
 
 
 def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -165,8 +176,13 @@ def read_stdit3(folder: Path) -> STDiT3:
             describes.
     """
     config, weights = _release_files(folder, "network")
-    with torch.device("meta"):  # no memory and no time for values that are replaced at once
-        network = STDiT3(STDiT3Config.of(read_json(config)))
+    try:
+        with torch.device("meta"):  # no memory and no time for values that are replaced at once
+            network = STDiT3(STDiT3Config.of(read_json(config)))
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise CorruptWeightsError(
+            f"{config} does not describe a network that can be built ({error}); fetch or copy it again"
+        ) from error
     load_exactly(network, read_tensors(weights), str(weights))
     return network
 
@@ -189,16 +205,44 @@ def read_vae(folder: Path, config: VideoVAEConfig | None = None) -> OpenSoraVAE:
     return vae
 
 
-def read_text(folder: Path, length: int, dtype: torch.dtype) -> T5Text:
-    """The T5 encoder and its tokenizer from their folder, padding to `length` tokens."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    encoder = T5EncoderModel.from_pretrained(folder, dtype=dtype, local_files_only=True)
+def hub_tokenizer(folder: Path, length: int) -> Tokenize:
+    """The tokenizer of a release folder, padding and cutting to `length` tokens.
+
+    Raises:
+        CorruptWeightsError: its files are incomplete or damaged.
+    """
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if file.suffix in (".json", ".txt", ".model"):
+            check_file(file)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exceptions for damaged files
+        raise CorruptWeightsError(
+            f"{folder} does not hold a tokenizer ({error}); fetch or copy it again, then retry"
+        ) from error
 
     def tokenize(texts: list[str]) -> tuple[Tensor, Tensor]:
         batch = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         return batch.input_ids, batch.attention_mask
 
-    return T5Text(encoder=encoder, tokenize=tokenize)
+    return tokenize
+
+
+def read_text(folder: Path, length: int, dtype: torch.dtype, *, device: torch.device | str) -> T5Text:
+    """The T5 encoder and its tokenizer from their folder, padding to `length` tokens.
+
+    Args:
+        folder: with `config.json`, the weights, and the tokenizer's files.
+        length: in tokens.
+        dtype: of the encoder.
+        device: where it runs; it rests in main memory.
+
+    Raises:
+        MissingWeightsError: a file is absent.
+        CorruptWeightsError: a file is damaged, or the tensors are not those that the config describes.
+    """
+    encoder = load_folder(T5EncoderModel, folder, device="cpu", dtype=dtype)
+    return T5Text(encoder=encoder, tokenize=hub_tokenizer(folder, length), device=torch.device(device))
 
 
 def find_release() -> dict[str, Path]:
@@ -233,12 +277,16 @@ def read_json(file: Path) -> dict[str, Any]:
     """A configuration file.
 
     Raises:
-        CorruptWeightsError: it is no JSON.
+        CorruptWeightsError: it is no JSON of names and values, or not the file that was fetched.
     """
+    check_file(file)
     try:
-        return json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except ValueError as error:
         raise CorruptWeightsError(f"{file} is no JSON ({error}); fetch or copy it again") from error
+    if not isinstance(content, dict):
+        raise CorruptWeightsError(f"{file} holds a {type(content).__name__}, no names and values; fetch it again")
+    return content
 
 
 def _release_files(folder: Path, part: str) -> tuple[Path, Path]:

@@ -9,18 +9,19 @@ Legend: B videos, C latent channels, F latent frames, H W latent rows and column
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, T5Config, T5EncoderModel
 
-from vdm_env.models.base import Condition, ModelSpec, frozen, latent_shape
+from vdm_env.models.base import Condition, ModelSpec, embedding, frozen, latent_shape
+from vdm_env.models.codec import tile_decoding
 from vdm_env.models.opensora_weights import Tokenize
+from vdm_env.models.visiting import visiting
 from vdm_env.schedule import Schedule
 
 Needed = Callable[[Any, int, int], int]
@@ -111,28 +112,6 @@ def video_codec(vae: Any, needed: Needed) -> VideoCodec:
 # ----------------------------------------------------------------------------------------------------------- text
 
 
-_VISITORS: WeakSet[nn.Module] = WeakSet()
-"""Encoders that are on their device for now."""
-
-
-@contextmanager
-def visiting(encoder: nn.Module, device: torch.device) -> Iterator[None]:
-    """Inside, the encoder is on the device; afterwards it rests in main memory again.
-
-    A visit inside a visit moves nothing.
-    """
-    if encoder in _VISITORS:
-        yield
-        return
-    _VISITORS.add(encoder)
-    try:
-        encoder.to(device)
-        yield
-    finally:
-        _VISITORS.discard(encoder)
-        encoder.to("cpu")
-
-
 @dataclass(frozen=True, kw_only=True)
 class TokenStates:
     """A T5-like encoder. Prompts to `text` [B,L,D], and `mask` [B,L] int64 where the network is told it.
@@ -200,8 +179,6 @@ class PipelineModel:
     call: Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]
     schedule_for: Callable[[int, int, int], Schedule] | None = None
     """the schedule for (num_frames, height, width), for models whose noise grid depends on the size"""
-    max_frames: int | None = None
-    """most video frames the network's positions reach"""
     guidance_at: Callable[[float, Tensor], Tensor] | None = None
     """guidance [B] at timesteps [B] of a policy with guidance w, where the release changes it on the way"""
 
@@ -224,8 +201,7 @@ class PipelineModel:
 
     def embedding(self) -> AbstractContextManager[None]:
         """Inside, several `encode_prompts` move the text encoders to the device and back only once."""
-        visit = getattr(self.text, "visit", None)
-        return nullcontext() if visit is None else visit()
+        return embedding(self.text)
 
     def encode(self, video: Tensor) -> Tensor:
         return self.codec.encode(video)
@@ -235,20 +211,9 @@ class PipelineModel:
 
     def tile_decoding(self, on: bool = True) -> None:
         """Encodes and decodes large pictures in overlapping tiles: less memory, slightly other pixels at the seams."""
-        vae = self.codec.vae
-        vae.enable_tiling() if on else vae.disable_tiling()
+        tile_decoding(self.codec.vae, on)
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """(C, F, H, W).
-
-        Raises:
-            ValueError: sides or frames that the strides do not divide, or too many frames.
-        """
-        if self.max_frames is not None and num_frames > self.max_frames:
-            raise ValueError(
-                f"{self.spec.name}: num_frames={num_frames}; its positions reach {self.max_frames} frames; "
-                f"try num_frames={self.max_frames}"
-            )
         return latent_shape(self.spec, num_frames, height, width)
 
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from torch import Tensor, nn
-from transformers import AutoTokenizer
+from torch import nn
 
-from vdm_env.errors import CorruptWeightsError
 from vdm_env.models import local_weights
-from vdm_env.models.base import ModelSpec, frozen
+from vdm_env.models.base import ModelSpec, frozen, tiny_spec
 from vdm_env.models.loading import load_folder
 from vdm_env.models.local_weights import Published
-from vdm_env.models.opensora_weights import Tokenize, byte_tokenizer, read_json
+from vdm_env.models.opensora_weights import Tokenize, byte_tokenizer, hub_tokenizer, read_json
 from vdm_env.models.unet3d import seeded
 
 UNCONFIRMED = "not confirmed here, see the repository's page before anything but research"
@@ -83,26 +81,6 @@ def placed(network: nn.Module, device: torch.device | str, dtype: torch.dtype) -
     return network
 
 
-def hub_tokenizer(folder: Path, length: int) -> Tokenize:
-    """The tokenizer of a release folder, padding and cutting to `length` tokens.
-
-    Raises:
-        CorruptWeightsError: its files are incomplete or damaged.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # tokenizers raises bare Exceptions for damaged files
-        raise CorruptWeightsError(
-            f"{folder} does not hold a tokenizer ({error}); fetch or copy it again, then retry"
-        ) from error
-
-    def tokenize(texts: list[str]) -> tuple[Tensor, Tensor]:
-        batch = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        return batch.input_ids, batch.attention_mask
-
-    return tokenize
-
-
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
     """What `load_parts` found or made."""
@@ -159,7 +137,7 @@ def load_parts(
         return Loaded(spec=spec, networks=networks, folder=folder)
     warnings.warn(f"{spec.name} has random weights: use it for tests, speed and memory, not for results", stacklevel=5)
     if tiny is not None:
-        spec = replace(spec, num_frames=tiny[0], height=tiny[1], width=tiny[2])
+        spec = tiny_spec(spec, *tiny)
     with seeded(seed, device):  # one after the other, each cast before the next is drawn
         networks = {name: frozen(placed(make(), home(name), dtype)) for name, make in untrained.items()}
     return Loaded(spec=spec, networks=networks, folder=None)

@@ -297,6 +297,8 @@ class STDiT3(nn.Module):
         gradient_checkpointing: recompute each block in the backward pass instead of storing what is inside it.
     """
 
+    _supports_gradient_checkpointing = True
+
     def __init__(self, config: STDiT3Config) -> None:
         super().__init__()
         self.config, self.gradient_checkpointing = config, False
@@ -312,6 +314,14 @@ class STDiT3(nn.Module):
         self.temporal_blocks = nn.ModuleList(Block(config, temporal=True) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
         self.rope = Rope(width // config.num_heads)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recomputes every block in the backward pass."""
+        self.gradient_checkpointing = True
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Stores activations again."""
+        self.gradient_checkpointing = False
 
     def forward(
         self,

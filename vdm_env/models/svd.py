@@ -30,7 +30,8 @@ from torch.nn import functional as F
 
 from vdm_env.errors import CorruptWeightsError
 from vdm_env.models import svd_weights
-from vdm_env.models.base import Condition, ModelSpec, latent_shape
+from vdm_env.models.base import Condition, ModelSpec, latent_shape, tiny_spec
+from vdm_env.models.codec import recomputed
 from vdm_env.schedule import EDMSchedule
 
 _COMMON: dict[str, Any] = dict(
@@ -45,9 +46,10 @@ _COMMON: dict[str, Any] = dict(
     fps=7.0,
     conditioned_on="image",
 )
-SVD = ModelSpec(name="SVD", num_frames=14, **_COMMON)
-SVD_XT = ModelSpec(name="SVDXT", num_frames=25, **_COMMON)
-TINY_SIZE: dict[str, Any] = {"num_frames": 4, "height": 64, "width": 64}
+SVD = ModelSpec(name="SVD", num_frames=14, max_frames=14, **_COMMON)
+SVD_XT = ModelSpec(name="SVDXT", num_frames=25, max_frames=25, **_COMMON)
+"""Each was trained on its own number of frames; `vdm_env.continuation` makes longer videos of them."""
+TINY_SIZE = (4, 64, 64)
 SVD_SCHEDULE = EDMSchedule(sigma_min=0.002, sigma_max=700.0, rho=7.0, p_mean=0.7, p_std=1.6)
 """Grid as in the release's scheduler. Noise of training: ln sigma ~ N(0.7, 1.6^2) is what several public fine-tuning
 scripts for these weights draw, and the paper's appendix gives for its image-to-video model (the latter from memory; the
@@ -96,7 +98,7 @@ class SVDModel:
     """guidance of the first frame"""
     decode_chunk: int | None = None
     """frames decoded together; None is all. The decoder looks across frames, so that less memory costs differences at
-    the borders of chunks"""
+    the borders of chunks. With gradients, every chunk is computed anew in the backward pass"""
 
     def with_size(self, num_frames: int, height: int, width: int) -> SVDModel:
         """The same networks for videos of another size, in frames and pixels.
@@ -106,6 +108,16 @@ class SVDModel:
         """
         self.latent_shape(num_frames, height, width)
         return replace(self, spec=replace(self.spec, num_frames=num_frames, height=height, width=width))
+
+    def with_decode_chunk(self, frames: int) -> SVDModel:
+        """The same networks, decoding this many frames together.
+
+        Raises:
+            ValueError: less than one.
+        """
+        if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1:
+            raise ValueError(f"decode_chunk={frames!r}: expected a whole number of frames of at least 1")
+        return replace(self, decode_chunk=frames)
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         return call_svd(self.denoiser, x_t, t, condition)
@@ -196,8 +208,7 @@ class SVDModel:
         numbers: list[int] = []
         for start in starts:
             part = z[:, start : start + size]
-            pixels = self.vae.decode(part.flatten(0, 1), num_frames=part.shape[1]).sample
-            parts.append(pixels.unflatten(0, (batch, part.shape[1])))
+            parts.append(self._decode(part) if len(starts) == 1 else recomputed(self._decode, part))
             numbers += range(start, start + part.shape[1])
         video = (torch.cat(parts, dim=1).to(latents.dtype) / 2 + 0.5).clamp(0, 1)
         if frames is None:
@@ -205,6 +216,11 @@ class SVDModel:
         place = torch.zeros(total, dtype=torch.int64, device=video.device)
         place[numbers] = torch.arange(len(numbers), device=video.device)
         return video[torch.arange(batch, device=video.device)[:, None], place[frames.to(video.device)]]
+
+    def _decode(self, z: Tensor) -> Tensor:
+        """Pixels [B,F,3,H,W] of a chunk [B,F,C,h,w]."""
+        pixels = self.vae.decode(z.flatten(0, 1), num_frames=z.shape[1]).sample
+        return pixels.unflatten(0, z.shape[:2])
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         return latent_shape(self.spec, num_frames, height, width)
@@ -247,7 +263,7 @@ def load(
     Args:
         spec: the model.
         weights: "pretrained" (see `vdm_env.models.local_weights` for where they are looked for), or "random".
-        scale: with random weights, "tiny" shrinks the networks and the video (4 frames of 64x64).
+        scale: with random weights, "tiny" shrinks the networks, the video (4 frames of 64x64) and the steps.
         device: of all networks.
         dtype: of all networks; in float16 the autoencoder stays in float32 where its config asks for that.
         seed: of random weights.
@@ -264,7 +280,8 @@ def load(
         )
         tiny = scale == "tiny"
         networks = svd_weights.untrained(spec.num_frames, tiny, device=device, dtype=dtype, seed=seed)
-        spec = replace(spec, **TINY_SIZE) if tiny else spec
+        spec = tiny_spec(spec, *TINY_SIZE) if tiny else spec
+    networks.vae.enable_gradient_checkpointing()  # it has no adapters: recomputing its blocks changes no number
     return SVDModel(
         spec=spec,
         denoiser=networks.unet,
@@ -286,8 +303,11 @@ def schedule_of(settings: dict[str, Any]) -> EDMSchedule:
     wrong = {key: settings[key] for key, value in expected.items() if settings and settings.get(key, value) != value}
     if wrong:
         raise CorruptWeightsError(f"the scheduler's settings {wrong} are not Stable Video Diffusion's {expected}")
-    return replace(
-        SVD_SCHEDULE,
-        sigma_min=float(settings.get("sigma_min") or SVD_SCHEDULE.sigma_min),
-        sigma_max=float(settings.get("sigma_max") or SVD_SCHEDULE.sigma_max),
-    )
+    try:
+        return replace(
+            SVD_SCHEDULE,
+            sigma_min=float(settings.get("sigma_min") or SVD_SCHEDULE.sigma_min),
+            sigma_max=float(settings.get("sigma_max") or SVD_SCHEDULE.sigma_max),
+        )
+    except (TypeError, ValueError) as error:
+        raise CorruptWeightsError(f"the scheduler's settings {settings} give no noise levels ({error})") from error

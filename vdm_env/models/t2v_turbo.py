@@ -34,7 +34,8 @@ from torch import Tensor, nn
 
 from vdm_env.errors import CorruptWeightsError
 from vdm_env.models import local_weights, lvdm
-from vdm_env.models.base import Condition, LatentVideoModel, ModelSpec
+from vdm_env.models.base import Condition, LatentVideoModel, ModelSpec, tiny_spec
+from vdm_env.models.checkpoint_files import tensors_of, unpickle
 from vdm_env.models.conditioning import GUIDANCE_WIDTH, TURBO_FPS, add_guided_embedding
 from vdm_env.models.local_weights import Published
 from vdm_env.models.lvdm_keys import Entry, unet_entries
@@ -42,6 +43,8 @@ from vdm_env.models.lvdm_sizes import UNetSizes
 from vdm_env.models.unet3d import (
     PUBLISHED,
     SD_SCHEDULE,
+    TINY_SIZE,
+    VIDEOCRAFTER2,
     Parts,
     build,
     call_unet3d,
@@ -55,6 +58,7 @@ _COMMON: dict[str, Any] = dict(
     width=512,
     num_frames=16,
     spatial_stride=8,
+    max_frames=VIDEOCRAFTER2.max_frames,
     size_multiple=64,
     sampler="lcm",
     guidance_scale=1.0,
@@ -115,7 +119,7 @@ def read_lora(path: str | Path) -> list[tuple[Tensor, Tensor]]:
         CorruptWeightsError: damaged, or no such list.
     """
     path = Path(path)
-    return lora_pairs(lvdm.unpickle(path), path)
+    return lora_pairs(unpickle(path), path)
 
 
 def lora_pairs(content: Any, path: Path) -> list[tuple[Tensor, Tensor]]:
@@ -188,6 +192,8 @@ def load(
             f"{spec.name} has random weights: use it for tests, speed and memory, not for results", stacklevel=3
         )
         motion = v2
+        if scale == "tiny":
+            spec = tiny_spec(spec, *TINY_SIZE)
         with seeded(seed, device):
             parts = random_parts(scale, spec.width)
             add_guided_embedding(parts.unet, motion_width=GUIDANCE_WIDTH if motion else None)
@@ -222,9 +228,9 @@ def put_in_unet(parts: Parts, file: Path, sizes: UNetSizes | None = None) -> boo
         CorruptWeightsError: a damaged file, or one that does not fit.
     """
     sizes = replace(sizes or UNetSizes(), time_cond_proj_dim=GUIDANCE_WIDTH)
-    content = lvdm.unpickle(file)
+    content = unpickle(file)
     if isinstance(content, dict):
-        state = lvdm.read_checkpoint(file)
+        state = tensors_of(content, file)
         motion = "motion_cond_proj.weight" in state
         if motion:
             sizes = replace(sizes, motion_cond_proj_dim=GUIDANCE_WIDTH)

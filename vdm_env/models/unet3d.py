@@ -1,4 +1,4 @@
-"""The `UNet3DConditionModel` family: ModelScope, VideoCrafter2 and the embedded UNet. Epsilon prediction, DDIM.
+"""The `UNet3DConditionModel` family: ModelScope, Zeroscope, VideoCrafter2, the embedded UNet. Epsilon prediction, DDIM.
 
 VideoCrafter2's network is diffusers' UNet3D plus a small frame-rate embedding that is added after the time
 embedding's MLP (`FpsTimeEmbedding`); its latents carry the scale s_t (`vdm_env.schedule.latent_scale_lvdm`). Its
@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,15 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from vdm_env.models import local_weights, lvdm
-from vdm_env.models.base import Condition, FrameCodec, LatentVideoModel, ModelSpec, TokenTextEncoder, frozen
+from vdm_env.models.base import Condition, LatentVideoModel, ModelSpec, TokenTextEncoder, frozen, tiny_spec
+from vdm_env.models.checkpoint_files import read_checkpoint
+from vdm_env.models.codec import FrameCodec
 from vdm_env.models.conditioning import CONDITIONING_FPS, FpsTimeEmbedding, add_fps_embedding
 from vdm_env.models.loading import load_folder
-from vdm_env.models.local_weights import Published
+from vdm_env.models.local_weights import UNWANTED, Published
+from vdm_env.models.recompute import make_recomputable
 from vdm_env.schedule import VPSchedule, latent_scale_lvdm, scaled_linear_alphas_cumprod
+from vdm_env.weights_folder import home_to_write
 
 SD_SCHEDULE = VPSchedule(
     alphas_cumprod=scaled_linear_alphas_cumprod(lvdm.NUM_TRAIN_TIMESTEPS, lvdm.BETA_START, lvdm.BETA_END),
@@ -43,21 +47,27 @@ MODELSCOPE = ModelSpec(
     width=256,
     num_frames=16,
     spatial_stride=8,
+    max_frames=200,  # 25 seconds, the longest of its model card; the network knows no positions in time
     size_multiple=8,
     num_steps=50,
     guidance_scale=9.0,
 )
+ZEROSCOPE = replace(MODELSCOPE, name="Zeroscope", height=320, width=576, num_frames=24)
+"""ModelScope trained on, at a larger size. Steps and guidance are those of the pipeline it shares."""
 VIDEOCRAFTER2 = ModelSpec(
     name="VideoCrafter2",
     height=320,
     width=512,
     num_frames=16,
     spatial_stride=8,
+    max_frames=16,  # `temporal_length` of its configuration; the network knows no positions in time
     size_multiple=64,  # the original raises unless latents are multiples of 8
     num_steps=50,
     guidance_scale=12.0,
     fps=10.0,
 )
+TINY_SIZE = (4, 64, 64)
+"""Frames, height and width of a shrunken model's videos."""
 PUBLISHED = {
     "ModelScope": Published(
         model="ModelScope",
@@ -65,6 +75,14 @@ PUBLISHED = {
         files=("unet/*", "vae/*", "text_encoder/*"),
         size="about 3.7 GB in float16, 7.4 GB in float32",
         licence="CC-BY-NC by its model card, not for commercial use",
+    ),
+    "Zeroscope": Published(
+        model="Zeroscope",
+        repository="cerspense/zeroscope_v2_576w",
+        files=("unet/*", "vae/*", "text_encoder/*"),
+        size="about 7.4 GB in float32",
+        licence="CC-BY-NC by its model card (from memory), not for commercial use",
+        unwanted=tuple(pattern for pattern in UNWANTED if pattern != "*.bin"),  # network and autoencoder are only there
     ),
     "VideoCrafter2": Published(
         model="VideoCrafter2",
@@ -133,6 +151,7 @@ def build(
 ) -> LatentVideoModel:
     """Puts a model together, frozen and in place; `numbers` are conditions all its prompts carry."""
     place: dict[str, Any] = {"device": device, "dtype": dtype}
+    make_recomputable(parts.unet)
     return LatentVideoModel(
         spec=spec,
         denoiser=frozen(parts.unet.to(**place)),
@@ -140,8 +159,9 @@ def build(
         codec=FrameCodec(vae=frozen(parts.vae.to(**place))),
         # Padding is id 0, as VideoCrafter2 and Stable Diffusion 2 were trained with.
         text=TextWithNumbers(
-            encoder=frozen(parts.text.to(**place)),
+            encoder=frozen(parts.text.to("cpu", dtype)),
             tokenize=open_clip.get_tokenizer("ViT-H-14", context_length=parts.text.config.max_position_embeddings),
+            device=torch.device(device),
             numbers=numbers or {},
         ),
         call=call,
@@ -151,7 +171,9 @@ def build(
 def load(
     spec: ModelSpec, *, weights: str, scale: str, device: torch.device | str, dtype: torch.dtype, seed: int = 0
 ) -> LatentVideoModel:
-    """`MODELSCOPE` or `VIDEOCRAFTER2`; `weights="random"` is the architecture untrained, `scale="tiny"` narrow.
+    """`MODELSCOPE`, `ZEROSCOPE` or `VIDEOCRAFTER2`; `weights="random"` is the architecture untrained.
+
+    `scale="tiny"` shrinks the networks, the video (4 frames of 64x64) and the number of steps.
 
     Pretrained weights are looked for as `vdm_env.models.local_weights` says; VideoCrafter2's `model.ckpt` is converted
     on first use.
@@ -165,7 +187,7 @@ def load(
         parts = (
             load_videocrafter2(device=device, dtype=dtype)
             if lvdm_model
-            else _load_modelscope(device=device, dtype=dtype)
+            else _load_modelscope(PUBLISHED[spec.name], device=device, dtype=dtype)
         )
         if lvdm_model:
             add_fps_embedding(parts.unet, parts.conditioning)
@@ -173,6 +195,8 @@ def load(
         warnings.warn(
             f"{spec.name} has random weights: use it for tests, speed and memory, not for results", stacklevel=3
         )
+        if scale == "tiny":
+            spec = tiny_spec(spec, *TINY_SIZE)
         with seeded(seed, device):
             parts = random_parts(scale, spec.width)
             if lvdm_model:
@@ -189,13 +213,22 @@ def load_videocrafter2(*, device: torch.device | str, dtype: torch.dtype) -> Par
         MissingWeightsError, CorruptWeightsError: see `load`.
     """
     published = PUBLISHED["VideoCrafter2"]
-    folder = local_weights.find_folder(published, lvdm.is_converted)
+    found = local_weights.find_folder(published, lambda place: converted_in(place) is not None)
+    folder = None if found is None else converted_in(found)
+    checkpoint = local_weights.find_file(published, published.files[0])
+    if folder is not None and checkpoint is not None:
+        lvdm.check_source(folder, checkpoint)
     if folder is None:
-        checkpoint = local_weights.find_file(published, published.files[0])
         if checkpoint is None:
             raise local_weights.missing(published)
-        folder = lvdm.convert_file(checkpoint, local_weights.home() / published.model)
+        # A folder of its own: the checkpoint itself may lie in the one that has the model's name.
+        folder = lvdm.convert_file(checkpoint, home_to_write() / published.model / lvdm.CONVERTED)
     return load_converted(folder, device=device, dtype=dtype)
+
+
+def converted_in(place: Path) -> Path | None:
+    """The converted weights of VideoCrafter2 in this folder: itself, or its sub-folder `converted`."""
+    return next((folder for folder in (place, place / lvdm.CONVERTED) if lvdm.is_converted(folder)), None)
 
 
 def load_converted(folder: Path, *, device: torch.device | str, dtype: torch.dtype) -> Parts:
@@ -209,7 +242,7 @@ def load_converted(folder: Path, *, device: torch.device | str, dtype: torch.dty
         unet=parts.unet,
         vae=parts.vae,
         text=parts.text,
-        conditioning=lvdm.read_checkpoint(folder / "conditioning" / "model.safetensors"),
+        conditioning=read_checkpoint(folder / "conditioning" / "model.safetensors"),
     )
 
 
@@ -222,8 +255,7 @@ def _load_networks(folder: Path, *, device: torch.device | str, dtype: torch.dty
     )
 
 
-def _load_modelscope(*, device: torch.device | str, dtype: torch.dtype) -> Parts:
-    published = PUBLISHED["ModelScope"]
+def _load_modelscope(published: Published, *, device: torch.device | str, dtype: torch.dtype) -> Parts:
     folder = local_weights.find_folder(
         published, lambda p: (p / "unet" / "config.json").is_file() and not (p / lvdm.MARKER).is_file()
     )

@@ -37,7 +37,14 @@ from vdm_env.models.releases import load_parts, release
 from vdm_env.schedule import FlowSchedule
 
 _COMMON: dict[str, Any] = dict(
-    temporal_stride=4, num_frames=81, num_steps=50, sampler="flow_grpo", noise_level=0.7, guidance_scale=5.0, fps=16.0
+    temporal_stride=4,
+    num_frames=81,
+    max_frames=81,  # of training, five seconds; rotary positions reach 1024 latent frames
+    num_steps=50,
+    sampler="flow_grpo",
+    noise_level=0.7,
+    guidance_scale=5.0,
+    fps=16.0,
 )
 _WAN21: dict[str, Any] = _COMMON | dict(height=480, width=832, spatial_stride=8, latent_channels=16, size_multiple=16)
 WAN21_1B = ModelSpec(name="Wan2.1_1.3B", **_WAN21)
@@ -47,7 +54,7 @@ WAN22_5B = ModelSpec(
     name="Wan2.2_5B",
     **(
         _COMMON
-        | dict(height=704, width=1280, num_frames=121, fps=24.0)
+        | dict(height=704, width=1280, num_frames=121, max_frames=121, fps=24.0)
         | dict(spatial_stride=16, latent_channels=48, size_multiple=32)
     ),
 )

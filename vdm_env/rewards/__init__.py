@@ -9,9 +9,17 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from vdm_env.rewards.action import build_action
-from vdm_env.rewards.aesthetic import build_aesthetic
+from vdm_env.rewards.aesthetic import build_aesthetic, build_aesthetic_v1
 from vdm_env.rewards.analytic import build_brightness, build_jpeg
-from vdm_env.rewards.base import FramePolicy, Reward, as_reward, score_parts, select_frames, validate_scores
+from vdm_env.rewards.base import (
+    FramePolicy,
+    Reward,
+    as_reward,
+    check_frames,
+    score_parts,
+    select_frames,
+    validate_scores,
+)
 from vdm_env.rewards.chunked import Chunked
 from vdm_env.rewards.clip_loading import build_clip_score, build_hps, build_hpsv2, build_hpsv21, build_pick_score
 from vdm_env.rewards.combine import Part, WeightedSum, calibrate
@@ -55,6 +63,12 @@ REWARDS: dict[str, RewardEntry] = {
     ),
     "CLIP": RewardEntry(build_clip_score, "CLIPScore: 100 times the cosine of frame and prompt", True),
     "Aesthetic": RewardEntry(build_aesthetic, "LAION aesthetic predictor V2: about 1 to 10, whatever the prompt", True),
+    "AestheticV1": RewardEntry(
+        build_aesthetic_v1,
+        "LAION aesthetic predictor V1, VBench's: about 1 to 10, whatever the prompt",
+        True,
+        published=True,
+    ),
     "Action": RewardEntry(build_action, "probability of the action the prompt names, by a VideoMAE classifier", True),
     "OmniScore": RewardEntry(build_omniscore, "frames, motion and prompt in one number, after VideoDPO", True),
     "Compression": RewardEntry(
@@ -111,6 +125,7 @@ __all__ = [
     "WeightedSum",
     "as_reward",
     "calibrate",
+    "check_frames",
     "score_parts",
     "select_frames",
     "validate_scores",

@@ -103,13 +103,17 @@ class ActionReward:
             )
         return self.phrases[max(found, key=len)]
 
+    def check_num_frames(self, count: int) -> None:
+        """Raises ValueError for fewer frames than the network takes."""
+        if count < self.num_frames:
+            raise ValueError(
+                f"reward {self.name!r} looks at {self.num_frames} frames, got {count}: decode at least as many "
+                "(decode_frames), or build the reward with num_frames of the video"
+            )
+
     def logits(self, video: Tensor) -> Tensor:
         """[B,F,3,H,W] in [0,1] to [B, classes]; more frames than the network takes are thinned out evenly."""
-        if video.shape[1] < self.num_frames:
-            raise ValueError(
-                f"reward {self.name!r} looks at {self.num_frames} frames, got {video.shape[1]}: decode at least as "
-                "many (decode_frames), or build the reward with num_frames of the video"
-            )
+        self.check_num_frames(video.shape[1])
         if video.shape[1] > self.num_frames:
             video = video[:, select_frames(self.frames, video.shape[1]).to(video.device)]
         frames = normalise(self.preprocess(video.flatten(0, 1), self.side), IMAGENET_MEAN, IMAGENET_STD)

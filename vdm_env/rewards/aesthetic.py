@@ -1,11 +1,15 @@
-"""LAION's aesthetic predictor V2: a head on the unit CLIP image feature; about 1 (poor) to 10 (beautiful).
+"""LAION's aesthetic predictors: a head on the unit CLIP image feature; about 1 (poor) to 10 (beautiful).
 
-The head has five linear layers and dropout but no activation between, so it is exactly affine: score = w . e + b. For
-unit e its reach is b +- |w| (5.24 +- 18.0 for the published weights), and ascending it means walking along one fixed
-direction of CLIP's space: a target, as VADER's loss |score - 10| has, is what keeps it from running away.
+"Aesthetic" is the second, which VADER and DDPO train with; "AestheticV1" the first, one linear layer, which VBench
+reports.
 
-Source: christophschuhmann/improved-aesthetic-predictor (head), Prabhudesai et al. 2024, arXiv:2407.08737 (as a video
-reward).
+The head of the second has five linear layers and dropout but no activation between, so that it is exactly affine too:
+score = w . e + b. For unit e its reach is b +- |w| (5.24 +- 18.0 for the published weights), and ascending it means
+walking along one fixed direction of CLIP's space: a target, as VADER's loss |score - 10| has, is what keeps it from
+running away.
+
+Source: christophschuhmann/improved-aesthetic-predictor (V2), LAION-AI/aesthetic-predictor (V1), Prabhudesai et al.
+2024, arXiv:2407.08737 (as a video reward).
 """
 
 from __future__ import annotations
@@ -25,14 +29,18 @@ from vdm_env.rewards.loading import (
     find_files,
     frozen,
     load_strictly,
+    published,
     read_tensors,
     seeded,
     world_folder,
 )
-from vdm_env.rewards.preprocess import Preprocess, vader_squash
+from vdm_env.rewards.preprocess import Preprocess, clip_hf, vader_squash
+from vdm_env.rewards.tensors import at_least_float32
 
 HEAD_FILE = "sac+logos+ava1-l14-linearMSE.pth"
 _HEAD_REPOSITORY = "christophschuhmann/improved-aesthetic-predictor"
+V1_FILE = "sa_0_4_vit_l_14_linear.pth"
+_V1_REPOSITORY = "LAION-AI/aesthetic-predictor"
 _FULL_WIDTHS = (1024, 128, 64, 16)
 
 
@@ -68,22 +76,45 @@ class AestheticHead(nn.Module):
         return weight[0], bias[0]
 
 
+class LinearAestheticHead(nn.Linear):
+    """The first predictor's: [..., width] unit features to [...] scores; names as in the published file."""
+
+    def __init__(self, width: int = 768) -> None:
+        super().__init__(width, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(features.to(self.weight.dtype)).squeeze(-1)
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """(weight [width], bias []), float64."""
+        return self.weight.detach().double()[0], self.bias.detach().double()[0]
+
+
 class AestheticReward:
-    """Mean over frames of head(unit image feature). The prompt does not matter."""
+    """Mean over frames of head(unit image feature). The prompt does not matter.
+
+    Args:
+        backbone: the image tower.
+        head: unit features [B,F,D] to [B,F].
+        name: as it is called in logs.
+        preprocess: resizing, see `preprocess.py`.
+        frames: frame policy.
+        chunk_size: images the network sees at a time; None: all.
+    """
 
     differentiable = True
-    name = "Aesthetic"
 
     def __init__(
         self,
         backbone: ClipBackbone,
-        head: AestheticHead,
+        head: AestheticHead | LinearAestheticHead,
         *,
+        name: str = "Aesthetic",
         preprocess: Preprocess = vader_squash,
         frames: FramePolicy = "all",
         chunk_size: int | None = None,
     ) -> None:
-        self.backbone, self.head, self.preprocess = backbone, head.eval(), preprocess
+        self.backbone, self.head, self.name, self.preprocess = backbone, head.eval(), name, preprocess
         self.frames, self.chunk_size = frames, chunk_size
         weight, bias = head.affine()
         reach = float(weight.norm())
@@ -92,7 +123,7 @@ class AestheticReward:
     def __call__(self, video: Tensor, prompts: list[str]) -> Tensor:
         check_inputs(video, prompts, self.name)
         scores = self.head(frame_features(self.backbone, video, self.preprocess, self.chunk_size))
-        return (scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores).mean(1)
+        return at_least_float32(scores).mean(1)
 
 
 def build_aesthetic(context: RewardContext) -> AestheticReward:
@@ -108,6 +139,18 @@ def build_aesthetic(context: RewardContext) -> AestheticReward:
         (path,) = find_files(context, "Aesthetic", _HEAD_REPOSITORY, [HEAD_FILE])
         head = head_from(read_tensors(path), path)
     return AestheticReward(backbone, frozen(head, context))
+
+
+def build_aesthetic_v1(context: RewardContext) -> AestheticReward:
+    """CLIP ViT-L/14 and the linear head of LAION's first predictor, prepared as CLIP's own processor does."""
+    context, name = published(context), "AestheticV1"
+    backbone = transformers_clip(context, name, "openai/clip-vit-large-patch14", VIT_L)
+    with seeded(context.seed + 1):
+        head = LinearAestheticHead(VIT_L["projection_dim"])
+    if context.weights == "pretrained":
+        (path,) = find_files(context, name, _V1_REPOSITORY, [V1_FILE])
+        load_strictly(head, {k: v.float() for k, v in read_tensors(path).items()}, path)
+    return AestheticReward(backbone, frozen(head, context), name=name, preprocess=clip_hf)
 
 
 def head_from(tensors: dict[str, Any], path: Any) -> AestheticHead:

@@ -30,6 +30,9 @@ class Reward(Protocol):
 
     name: how it is called in logs. differentiable: whether gradients of the scores reach the pixels. frames: the frames
     it wants (see `select_frames`). range: bounds of its scores, infinite where there is none.
+
+    Two methods are optional: `score_parts(video, prompts)`, see the function of that name, and
+    `check_num_frames(count)`, which raises ValueError where it cannot score a video of that many frames.
     """
 
     @property
@@ -51,16 +54,38 @@ class Reward(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FunctionReward:
-    """A plain function made a `Reward`."""
+    """A plain function, or another reward, made a `Reward` with attributes of its own."""
 
     function: ScoreFunction
     name: str
     differentiable: bool = True
     frames: FramePolicy = "all"
     range: tuple[float, float] = (-math.inf, math.inf)
+    least_frames: int = 1
+    """fewer cannot be scored"""
 
     def __call__(self, video: Tensor, prompts: list[str]) -> Tensor:
         return self.function(video, prompts)
+
+    def check_num_frames(self, count: int) -> None:
+        """Raises ValueError where a video of that many frames cannot be scored."""
+        if count < self.least_frames:
+            raise ValueError(
+                f"reward {self.name!r} needs at least {self.least_frames} frames, got {count}; decode more "
+                "(decode_frames='all')"
+            )
+        if hasattr(self.function, "check_num_frames"):
+            self.function.check_num_frames(count)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartedReward(FunctionReward):
+    """The same of a reward that has parts, which it keeps."""
+
+    def score_parts(self, video: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scores [B] and what they are made of, {name: [B]}, as the reward itself has them."""
+        inner: Any = self.function
+        return inner.score_parts(video, prompts)
 
 
 def as_reward(reward: Reward | ScoreFunction, **attributes: Any) -> Reward:
@@ -68,29 +93,54 @@ def as_reward(reward: Reward | ScoreFunction, **attributes: Any) -> Reward:
 
     A plain callable is taken as differentiable, over all frames and unbounded, unless it carries attributes that say
     otherwise (`f.differentiable = False`) or `attributes` do. A differentiable reward whose scores have no graph is
-    found out where gradients are asked for, not here.
+    found out where gradients are asked for, not here. With `frames` any reward gets another frame policy.
 
     Args:
         reward: the reward or the callable.
-        attributes: any of name, differentiable, frames, range; they win over what the object says.
+        attributes: any of name, differentiable, frames, range, least_frames; they win over what the object says.
 
     Raises:
         TypeError: not callable, or an unknown attribute.
+        ValueError: frames choose a number of frames that the reward cannot score.
     """
     if not callable(reward):
         raise TypeError(
             f"a reward is a callable f(video[B,F,3,H,W] in [0,1], prompts) -> scores [B]; got {type(reward).__name__}"
         )
-    known = ("name", "differentiable", "frames", "range")
+    needed = ("name", "differentiable", "frames", "range")
+    known = (*needed, "least_frames")
     unknown = sorted(set(attributes) - set(known))
     if unknown:
         raise TypeError(f"unknown reward attributes {unknown}; expected some of {list(known)}")
-    if not attributes and all(hasattr(reward, key) for key in known):
+    if not attributes and all(hasattr(reward, key) for key in needed):
         return reward  # type: ignore[return-value]
     found = {key: getattr(reward, key) for key in known if hasattr(reward, key)}
     found.setdefault("name", getattr(reward, "__name__", type(reward).__name__))
     function = reward.function if isinstance(reward, FunctionReward) else reward
-    return FunctionReward(function=function, **(found | attributes))
+    kind = PartedReward if hasattr(function, "score_parts") else FunctionReward
+    made = kind(function=function, **(found | attributes))
+    if "frames" in attributes:
+        check_frames(made, made.frames, None)
+    return made
+
+
+def check_frames(reward: Reward, policy: FramePolicy, num_frames: int | None) -> None:
+    """Raises ValueError unless the policy fits videos of that length and chooses frames the reward can score.
+
+    Args:
+        reward: the reward; what it wants itself, `reward.frames`, is not questioned.
+        policy: which frames it is to see.
+        num_frames: of the videos; None: not known yet, and only what follows from the policy alone is checked.
+    """
+    count = _counted(policy) if num_frames is None else len(select_frames(policy, num_frames, 0))
+    own = reward.function if isinstance(reward, FunctionReward) else reward
+    if policy == getattr(own, "frames", None):
+        return
+    if count is not None and hasattr(reward, "check_num_frames"):
+        try:
+            reward.check_num_frames(count)
+        except ValueError as error:
+            raise ValueError(f"frame policy {policy!r} does not fit: {error}") from error
 
 
 def check_inputs(video: Tensor, prompts: Sequence[str], name: str) -> None:
@@ -107,12 +157,16 @@ def check_inputs(video: Tensor, prompts: Sequence[str], name: str) -> None:
         raise ValueError(f"reward {name!r} expects a list of {len(video)} prompts, one for each video, got {given}")
 
 
+class NotFiniteError(ValueError):
+    """Scores that are NaN or infinite."""
+
+
 def validate_scores(scores: Any, batch: int, name: str) -> Tensor:
     """The scores, checked: a real floating tensor [batch] without NaN or infinity. The graph is kept.
 
     Raises:
         TypeError: no tensor, or not of a floating type.
-        ValueError: wrong shape, or values that are not finite; the message gives their indices.
+        ValueError: wrong shape, or (NotFiniteError) values that are not finite; the message gives their indices.
     """
     if not isinstance(scores, Tensor):
         raise TypeError(f"reward {name!r} returned {type(scores).__name__}; expected a float tensor of shape [{batch}]")
@@ -125,7 +179,7 @@ def validate_scores(scores: Any, batch: int, name: str) -> Tensor:
     if not bool(finite.all()):
         bad = (~finite).nonzero().flatten().tolist()
         values = scores.detach()[bad[:8]].tolist()
-        raise ValueError(
+        raise NotFiniteError(
             f"reward {name!r} returned values that are not finite for videos {bad[:8]}{' ...' if len(bad) > 8 else ''} "
             f"of {batch}: {values}; look at those videos and prompts (NaN in the latents? a division by zero?)"
         )
@@ -144,6 +198,16 @@ def score_parts(reward: Reward, video: Tensor, prompts: list[str]) -> tuple[Tens
 
 
 _COUNTED = re.compile(r"(random|tsn|middle)([1-9]\d*)")
+
+
+def _counted(policy: FramePolicy) -> int | None:
+    """How many frames a policy chooses, where that does not depend on the video; None also for what is no policy."""
+    if policy in ("first", "last"):
+        return 1
+    if isinstance(policy, str):
+        match = _COUNTED.fullmatch(policy)
+        return None if match is None else int(match[2])
+    return policy if isinstance(policy, int) else len(torch.as_tensor(policy))
 
 
 def select_frames(policy: FramePolicy, num_frames: int, generator: torch.Generator | int | None = None) -> Tensor:

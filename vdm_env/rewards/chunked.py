@@ -41,6 +41,11 @@ class Chunked:
         self.frames: FramePolicy = reward.frames
         self.range = reward.range
 
+    def check_num_frames(self, count: int) -> None:
+        """Raises ValueError where the reward cannot score a video of that many frames."""
+        if hasattr(self.reward, "check_num_frames"):
+            self.reward.check_num_frames(count)
+
     def _scored(self, video: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         if self.recompute and torch.is_grad_enabled() and video.requires_grad:
             scored: Any = checkpoint(score_parts, self.reward, video, prompts, use_reentrant=False)

@@ -4,8 +4,8 @@
 
 HPSv2 (Wu et al. 2023, arXiv:2306.09341): scale 1. PickScore (Kirstain et al. 2023, arXiv:2305.01569): exp(logit_scale).
 CLIPScore as EvalCrafter and VBench report it (after Hessel et al. 2021, arXiv:2104.08718): 100, negative cosines kept.
-Only the pairs (video i, prompt i) are formed. VADER's PickScore compares every image with the first prompt once the
-batch is larger than one; that is not done here.
+Only the pairs (video i, prompt i) are formed. VADER's PickScore, as the snippet of the release, compares every image
+with the first prompt of the batch; `prompt="first"` does that, for numbers to be put beside published ones.
 
 Legend: B videos, F frames, N = B*F images, D embedding width.
 """
@@ -115,6 +115,10 @@ class ClipReward:
         preprocess: resizing, see `preprocess.py`.
         frames: frame policy.
         chunk_size: images the network sees at a time; None: all. Smaller needs less memory when no gradients are kept.
+        prompt: which prompt of the batch a video is compared with, its "own" or the "first".
+
+    Raises:
+        ValueError: another prompt than these.
     """
 
     differentiable = True
@@ -128,14 +132,18 @@ class ClipReward:
         preprocess: Preprocess = vader_squash,
         frames: FramePolicy = "all",
         chunk_size: int | None = None,
+        prompt: Literal["own", "first"] = "own",
     ) -> None:
+        if prompt not in ("own", "first"):
+            raise ValueError(f"prompt={prompt!r} is unknown; expected 'own' or 'first'")
         self.backbone, self.name, self.preprocess = backbone, name, preprocess
-        self.frames, self.chunk_size = frames, chunk_size
+        self.frames, self.chunk_size, self.prompt = frames, chunk_size, prompt
         self.scale = backbone.logit_scale if scale == "logit" else float(scale)
         self.range = (-self.scale, self.scale)
 
     def __call__(self, video: Tensor, prompts: list[str]) -> Tensor:
         check_inputs(video, prompts, self.name)
+        prompts = [prompts[0]] * len(prompts) if self.prompt == "first" else prompts
         image = frame_features(self.backbone, video, self.preprocess, self.chunk_size)
         # Groups share a prompt: each different text is encoded once.
         different = {text: i for i, text in enumerate(dict.fromkeys(prompts))}

@@ -26,6 +26,7 @@ from vdm_env.rewards.clip import (
 from vdm_env.rewards.loading import (
     RewardContext,
     find_files,
+    find_transformers,
     frozen,
     load_strictly,
     load_transformers,
@@ -170,8 +171,7 @@ def transformers_clip(context: RewardContext, name: str, repository: str, config
         with seeded(context.seed):
             model = CLIPModel(CLIPConfig(**(_tiny(config) if context.scale == "tiny" else config)))
     else:
-        path = find_files(context, name, repository, ["config.json", "model.safetensors"])[0]
-        model = load_transformers(CLIPModel, path.parent)
+        model = load_transformers(CLIPModel, find_transformers(context, name, repository))
     length = model.config.text_config.max_position_embeddings
     return TransformersClipBackbone(frozen(model, context), _as_inputs(length))
 

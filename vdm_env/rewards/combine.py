@@ -71,9 +71,23 @@ class WeightedSum:
     def __call__(self, video: Tensor, prompts: list[str]) -> Tensor:
         return self.score_parts(video, prompts)[0]
 
+    def check_num_frames(self, count: int) -> None:
+        """Raises ValueError where a part cannot score its frames of that many; repeated ones do not count."""
+        for part in self.terms:
+            if hasattr(part.reward, "check_num_frames"):
+                chosen = self._own_frames(part.reward, count)
+                part.reward.check_num_frames(count if chosen is None else len(chosen.unique()))
+
+    def _own_frames(self, reward: Reward, count: int) -> Tensor | None:
+        """Which of `count` frames a part sees; None: all."""
+        if self._shared or reward.frames == "all" or is_random(reward.frames):
+            return None
+        return select_frames(reward.frames, count)
+
     def _score(self, reward: Reward, video: Tensor, prompts: list[str]) -> Tensor:
-        if not self._shared and reward.frames != "all" and not is_random(reward.frames):
-            video = video[:, select_frames(reward.frames, video.shape[1]).to(video.device)]
+        chosen = self._own_frames(reward, video.shape[1])
+        if chosen is not None:
+            video = video[:, chosen.to(video.device)]
         return validate_scores(reward(video, prompts), len(video), reward.name)
 
 

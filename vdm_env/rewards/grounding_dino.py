@@ -7,6 +7,10 @@ VADER counts every box above the threshold, whatever words of its phrase it matc
 
 The gradient is that of the network as it is trained: it does not pass through the choice of the proposals nor through
 the boxes that one decoder layer hands to the next, which the network treats as constants.
+
+Images are looked at as one batch. transformers' fusion of image and text subtracts one maximum over the whole batch
+before its softmax, which lets images into each other's rounding; `ImageTextAttention` takes its place, the same
+function by torch's fused attention, image by image.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vdm_env.rewards.bert_text import LETTERS_SIZE, VOCABULARY_FILE, bert_tokenizer, letters, read_vocabulary
@@ -34,6 +39,44 @@ THRESHOLD = 0.4
 _REPOSITORY = "IDEA-Research/grounding-dino-base"
 
 
+class ImageTextAttention(nn.Module):
+    """A `GroundingDinoBiMultiHeadAttention` of transformers without dropout: its projections under their names.
+
+    Image patches attend to the words and the words to the patches, with the same products of queries and keys.
+    """
+
+    def __init__(self, original: Any) -> None:
+        super().__init__()
+        self.num_heads = int(original.num_heads)
+        for name, child in original.named_children():
+            self.add_module(name, child)
+
+    def _heads(self, projection: str, features: Tensor) -> Tensor:
+        return self.get_submodule(projection)(features).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def forward(
+        self,
+        vision_features: Tensor,
+        text_features: Tensor,
+        vision_attention_mask: Tensor | None = None,
+        text_attention_mask: Tensor | None = None,
+    ) -> tuple[tuple[Tensor, None], tuple[Tensor, None]]:
+        """Patches [N,P,D] and words [N,L,D] (masks True at padding) to what is added to them; no attention weights."""
+        patches, words = self._heads("vision_proj", vision_features), self._heads("text_proj", text_features)
+
+        def attend(queries: Tensor, keys: Tensor, values: Tensor, padding: Tensor | None, out: str) -> Tensor:
+            mask = None if padding is None else ~padding[:, None, None]
+            seen = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+            return self.get_submodule(out)(seen.transpose(1, 2).flatten(2))
+
+        from_text = self._heads("values_text_proj", text_features)
+        from_image = self._heads("values_vision_proj", vision_features)
+        return (
+            (attend(patches, words, from_text, text_attention_mask, "out_vision_proj"), None),
+            (attend(words, patches, from_image, vision_attention_mask, "out_text_proj"), None),
+        )
+
+
 class GroundingDinoDetector(nn.Module):
     """A transformers `GroundingDinoForObjectDetection`, a BERT tokenizer, and a phrase.
 
@@ -52,17 +95,16 @@ class GroundingDinoDetector(nn.Module):
         if not phrase or "." in phrase:
             raise ValueError(f"target={target!r}: expected one phrase, such as 'book'")
         self.model: Any = model
+        for layer in model.model.encoder.layers:
+            if not isinstance(layer.fusion_layer.attn, ImageTextAttention):
+                layer.fusion_layer.attn = ImageTextAttention(layer.fusion_layer.attn)
         self.tokens: Tensor = tokenizer(f"{phrase}.", return_tensors="pt")["input_ids"]
 
     def logits(self, pixels: Tensor) -> Tensor:
         """[N,3,h,w] to [N,Q,L]: how well each query matches each token of the phrase."""
-        # One image at a time: the model's fusion of image and text subtracts one maximum over the whole batch, which
-        # would let images into each other's rounding and gradients.
-        return torch.cat([self._logits(image) for image in pixels.to(self.model.dtype).split(1)])
-
-    def _logits(self, image: Tensor) -> Tensor:
+        images = pixels.to(self.model.dtype)
         # The product that the model itself ends with, which it rounds to float32 and pads.
-        states = self.model.model(pixel_values=image, input_ids=self.tokens.to(image.device))
+        states = self.model.model(pixel_values=images, input_ids=self.tokens.to(images.device).expand(len(images), -1))
         queries, text = states.intermediate_hidden_states[:, -1], states.encoder_last_hidden_state_text
         return at_least_float32(queries) @ at_least_float32(text).transpose(1, 2)
 

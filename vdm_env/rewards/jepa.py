@@ -28,7 +28,7 @@ from torch import Tensor
 from vdm_env.rewards.base import FramePolicy, check_inputs
 from vdm_env.rewards.block_masks import Mask, block_masks, check_masks
 from vdm_env.rewards.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess, normalise, vader_squash
-from vdm_env.rewards.tensors import at_least_float32, fit_frames, in_chunks
+from vdm_env.rewards.tensors import at_least_float32, check_enough_frames, fit_frames, in_chunks
 
 
 class JepaNetwork(Protocol):
@@ -107,6 +107,10 @@ class JepaReward:
         self.exponent, self.target_gradient, self.normalise_target = exponent, target_gradient, normalise_target
         self.chunk_size = chunk_size
         self.frames: FramePolicy = f"middle{network.num_frames}"
+
+    def check_num_frames(self, count: int) -> None:
+        """Raises ValueError for fewer frames than the network takes."""
+        check_enough_frames(count, self.network.num_frames, self.name)
 
     def errors(self, pixels: Tensor, masks: Sequence[Mask]) -> Tensor:
         """Error [B] of pixels [B,T,3,S,S], ImageNet-normalised; masks with one row for all videos or one for each."""

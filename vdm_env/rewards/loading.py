@@ -6,7 +6,6 @@ Nothing is unpickled with code execution.
 
 from __future__ import annotations
 
-import pickle
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,13 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vdm_env import weights_folder
+from vdm_env.checksums import check_file
 from vdm_env.errors import CorruptWeightsError, MissingWeightsError
-from vdm_env.rewards.published import files_of
+from vdm_env.rewards.published import METRICS, PUBLISHED, files_of
 
 WORLD_WEIGHTS = Path(__file__).resolve().parents[1] / "worlds" / "moving_shapes" / "weights"
 
@@ -123,19 +122,37 @@ def _missing(
     name: str, repository: str, files: Sequence[str], file: str, roots: Sequence[Path], how: str
 ) -> MissingWeightsError:
     known = files_of(repository, file)
+    kind = "metric" if name in METRICS else "reward"
     about = f" ({known.size}; licence: {known.licence})" if known else ""
     needed = known.files if known and all(known.has(one) for one in files) else files  # parts that an index names, too
     how = how or (f"`curl -L -O {known.address}`" if known and known.address else "")
-    by_hand = f", by hand with {how}" if how else ""
+    ways = [f"with `vdm-env download {name}`"] if known in PUBLISHED.get(name.partition(":")[0], ()) else []
+    fetch = ", ".join([*ways, *([f"by hand with {how}"] if how else [])])
     check = f" (sha256 {known.sha256})" if known and known.sha256 else ""
     looked = ", ".join(str(root) for root in dict.fromkeys(roots))
     return MissingWeightsError(
-        f"reward {name!r} needs {', '.join(needed)} of the repository {repository!r}{about}; {file} is neither in "
-        f"{looked} nor in the hub's local cache. Fetch it once with `vdm-env download {name}`{by_hand}{check}, or put "
+        f"{kind} {name!r} needs {', '.join(needed)} of the repository {repository!r}{about}; {file} is neither in "
+        f"{looked} nor in the hub's local cache. Fetch it once {fetch}{check}, or put "
         f"the files into a folder of the repository's name in the folder that {weights_folder.VARIABLE} names. "
         "Without any download there are the environment 'MovingShapes-HPS', whose small networks are part of "
         "this package, and weights='random'"
     )
+
+
+def find_transformers(context: RewardContext, name: str, repository: str) -> Path:
+    """The folder with config.json and weights in one of the two forms that `load_transformers` reads.
+
+    Raises:
+        MissingWeightsError: see `find_files`.
+    """
+    try:
+        files = find_files(context, name, repository, ["config.json", "model.safetensors"])
+    except MissingWeightsError as missing:
+        try:
+            files = find_files(context, name, repository, ["config.json", "pytorch_model.bin"])
+        except MissingWeightsError:
+            raise missing from None
+    return files[0].parent
 
 
 def world_folder(context: RewardContext, name: str, *parts: str) -> Path:
@@ -169,15 +186,17 @@ def read_checkpoint(path: Path) -> Any:
     """Whatever a .safetensors file or a torch checkpoint holds, read without code execution.
 
     Raises:
-        CorruptWeightsError: truncated, damaged, or a pickle that would have to run code.
+        CorruptWeightsError: truncated, damaged, not the file that was fetched (see `vdm_env.checksums`), or a pickle
+            that would have to run code.
     """
     try:
+        check_file(path)
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
+    except (CorruptWeightsError, FileNotFoundError, PermissionError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a damaged pickle, of the old format above all, can raise anything
         raise corrupt(path, error) from error
 
 

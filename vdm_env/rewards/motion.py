@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vdm_env.errors import MissingWeightsError
 from vdm_env.rewards.base import FramePolicy, check_inputs
 from vdm_env.rewards.loading import (
     RewardContext,
@@ -155,13 +156,17 @@ class MotionReward:
             radius = radius.topk(max(1, radius.shape[1] // 20), dim=1).values
         return radius.mean(1)
 
-    def __call__(self, video: Tensor, prompts: list[str]) -> Tensor:
-        check_inputs(video, prompts, self.name)
-        if video.shape[1] < 2:
+    def check_num_frames(self, count: int) -> None:
+        """Raises ValueError for a single frame."""
+        if count < 2:
             raise ValueError(
                 f"reward {self.name!r} compares neighbouring frames, got a video of one; decode at least two "
                 "(decode_frames='all')"
             )
+
+    def __call__(self, video: Tensor, prompts: list[str]) -> Tensor:
+        check_inputs(video, prompts, self.name)
+        self.check_num_frames(video.shape[1])
         pixels = at_least_float32(video)
         pairs = pixels[:, :-1].flatten(0, 1), pixels[:, 1:].flatten(0, 1)
         speeds = in_chunks(self._speed, *pairs, size=self.chunk_size).unflatten(0, (len(video), -1))
@@ -194,6 +199,25 @@ def tiny_raft() -> Any:
     return raft.RAFT(feature_encoder=encoders[0], context_encoder=encoders[1], corr_block=corr, update_block=update)
 
 
+def find_raft(context: RewardContext, address: str) -> Path:
+    """The file of that address: in the places of `find_files`, and where torchvision itself keeps its files.
+
+    Raises:
+        MissingWeightsError: it is in none of them.
+    """
+    file = address.rsplit("/", 1)[1]
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / file
+    try:
+        (path,) = find_files(
+            context, NAME, _REPOSITORY, [file], f"`curl -L -O {address}`, into {cached.parent} or a folder"
+        )
+    except MissingWeightsError:
+        if not cached.is_file():
+            raise
+        return cached
+    return path
+
+
 def build_motion(context: RewardContext) -> MotionReward:
     """The large RAFT of torchvision, trained on Chairs and Things (C_T_V2), VBench's and EvalCrafter's kind.
 
@@ -208,16 +232,7 @@ def build_motion(context: RewardContext) -> MotionReward:
         with seeded(context.seed):
             network = tiny_raft() if tiny else raft_large(weights=None)
         return MotionReward(RaftFlow(frozen(network, context), num_updates=2 if tiny else 12))
-    address = Raft_Large_Weights.C_T_V2.url
-    file = address.rsplit("/", 1)[1]
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / file
-    own = [] if context.folder is None else [Path(context.folder) / part / file for part in ("", _REPOSITORY, "vision")]
-    if cached.is_file() and not any(path.is_file() for path in own):
-        path = cached
-    else:
-        (path,) = find_files(
-            context, NAME, _REPOSITORY, [file], f"`curl -L -O {address}`, into {cached.parent} or a folder"
-        )
+    path = find_raft(context, Raft_Large_Weights.C_T_V2.url)
     network = raft_large(weights=None)
     load_strictly(network, read_tensors(path), path)
     return MotionReward(RaftFlow(frozen(network, context)))

@@ -10,10 +10,10 @@ background consistency, motion smoothness, dynamic degree, temporal flickering a
 Deviation: how it combines them is not public. The form, and the ranges and weights of `VBENCH`, are those of VBench's
 dimensions (Huang et al. 2024, arXiv:2311.17982), from which the names come; its 4 : 1 of quality and semantic scores
 (`metrics.vbench_scores`) is left out. Scores are not comparable with published OmniScores.
-Deviation: the built-in sets leave out imaging quality, because this package has no MUSIQ. To load one network fewer for
-each of them they also leave out subject consistency (by DINO, `metrics.vbench_networks`), and measure motion in pixels
-(`metrics.temporal`) and not by optical flow (RAFT, `metrics.flow`), and agreement with the prompt by CLIP and not by
-ViCLIP (`rewards.viclip`); give your own sub-scores for more.
+Deviation: the built-in sets leave out imaging quality, because MUSIQ needs a package of its own. To load one network
+fewer for each of them they also leave out subject consistency (by DINO, `metrics.vbench_networks`), and measure motion
+in pixels (`metrics.temporal`) and not by optical flow (RAFT, `metrics.flow`), and agreement with the prompt by CLIP and
+not by ViCLIP (`rewards.viclip`); give your own sub-scores for more.
 """
 
 from __future__ import annotations
@@ -122,6 +122,10 @@ class OmniScore:
         self.frames: FramePolicy = self._sum.frames
         self.range = self._sum.range
 
+    def check_num_frames(self, count: int) -> None:
+        """Raises ValueError where a sub-score cannot score a video of that many frames."""
+        self._sum.check_num_frames(count)
+
     def score_parts(self, video: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """The score [B] and every sub-score as its reward gave it, {name: [B]}."""
         return self._sum.score_parts(video, prompts)
@@ -137,13 +141,14 @@ def motion_scores() -> dict[str, Reward]:
         "MotionSmoothness": motion_smoothness,
         "DynamicDegree": dynamic_degree,
     }
+    least = {"TemporalFlicker": 2, "MotionSmoothness": 3, "DynamicDegree": 2}
 
     def reward(name: str) -> Reward:
         def score(video: Tensor, prompts: list[str]) -> Tensor:
             check_inputs(video, prompts, name)
             return measures[name](video if video.dtype.itemsize > 2 else video.float())
 
-        return as_reward(score, name=name, range=(0.0, 1.0))
+        return as_reward(score, name=name, range=(0.0, 1.0), least_frames=least[name])
 
     return {name: reward(name) for name in measures}
 
@@ -155,7 +160,7 @@ def background_consistency(clip: ClipReward) -> Reward:
         check_inputs(video, prompts, "BackgroundConsistency")
         return frame_consistency(frame_features(clip.backbone, video, clip.preprocess, clip.chunk_size))
 
-    return as_reward(score, name="BackgroundConsistency", range=(0.0, 1.0))
+    return as_reward(score, name="BackgroundConsistency", range=(0.0, 1.0), least_frames=2)
 
 
 def build_omniscore(context: RewardContext) -> OmniScore:

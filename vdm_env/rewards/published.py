@@ -1,7 +1,7 @@
 """Which published files each reward needs, by its name in environment ids: for downloads and for error messages.
 
-Rewards that are not in `PUBLISHED` need no file. Sizes follow from the numbers of parameters; licences are those of the
-repositories' pages, from memory, not confirmed.
+Rewards that are not in `PUBLISHED` need no file; files that only metrics need are there under the names `METRICS`.
+Sizes follow from the numbers of parameters; licences are those of the repositories' pages, from memory, not confirmed.
 """
 
 from __future__ import annotations
@@ -64,6 +64,32 @@ AESTHETIC = _elsewhere(
     "Apache-2.0",
     "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0",
 )
+_EITHER = ("config.json", "*model.[sb]*")  # model.safetensors, or pytorch_model.bin where the repository is older
+AESTHETIC_V1 = _elsewhere(
+    "LAION-AI/aesthetic-predictor",
+    "https://github.com/LAION-AI/aesthetic-predictor/raw/main/sa_0_4_vit_l_14_linear.pth",
+    "below 1 MB",
+    "MIT",
+)
+RAFT = _elsewhere(
+    "pytorch/vision",
+    "https://download.pytorch.org/models/raft_large_C_T_V2-1bb1363a.pth",
+    "about 20 MB",
+    "BSD-3-Clause",
+)
+VICLIP = _files("OpenGVLab/ViCLIP", "about 1.7 GB", "Apache-2.0", "ViClip-InternVid-10M-FLT.pth")
+CLIP_B32 = _files("openai/clip-vit-base-patch32", "about 0.6 GB a form", "MIT", *_EITHER)
+DINO = _files("facebook/dino-vitb16", "about 0.35 GB a form", "Apache-2.0", *_EITHER)
+DINO_S = _files("facebook/dino-vits16", "about 0.09 GB a form", "Apache-2.0", *_EITHER)
+DINOV2 = _files("facebook/dinov2-large", "about 1.2 GB a form", "Apache-2.0", *_EITHER)
+MUSIQ = _elsewhere(
+    "chaofengc/IQA-PyTorch",
+    "https://github.com/chaofengc/IQA-PyTorch/releases/download/v0.1-weights/musiq_spaq_ckpt-358bb6af.pth",
+    "about 0.1 GB",
+    "non-commercial",
+)
+METRICS = ("VBench", "DEVIL", "MUSIQ")
+"""names in `PUBLISHED` that are no rewards"""
 PUBLISHED: dict[str, tuple[RewardFiles, ...]] = {
     "HPS": (HPS_V21,),
     "HPSv2": (HPS_V2,),
@@ -71,6 +97,7 @@ PUBLISHED: dict[str, tuple[RewardFiles, ...]] = {
     "PickScore": (_files("yuvalkirstain/PickScore_v1", "about 4 GB", "MIT"),),
     "CLIP": (CLIP_L,),
     "Aesthetic": (CLIP_L, AESTHETIC),
+    "AestheticV1": (CLIP_L, AESTHETIC_V1),
     "Action": (_files("MCG-NJU/videomae-base-finetuned-kinetics", "about 0.35 GB", "CC-BY-NC-4.0"),),
     "OmniScore": (CLIP_L, AESTHETIC),
     "Compression": (CLIP_L, _vader("compression_reward.pt")),
@@ -96,15 +123,8 @@ PUBLISHED: dict[str, tuple[RewardFiles, ...]] = {
         ),
     ),
     "VJEPA2": (_files("facebook/vjepa2-vitl-fpc64-256", "about 1.3 GB", "MIT"),),
-    "ViCLIP": (_files("OpenGVLab/ViCLIP", "about 1.7 GB", "Apache-2.0", "ViClip-InternVid-10M-FLT.pth"),),
-    "Motion": (
-        _elsewhere(
-            "pytorch/vision",
-            "https://download.pytorch.org/models/raft_large_C_T_V2-1bb1363a.pth",
-            "about 20 MB",
-            "BSD-3-Clause",
-        ),
-    ),
+    "ViCLIP": (VICLIP,),
+    "Motion": (RAFT,),
     "VideoScore": (
         _files(
             "TIGER-Lab/VideoScore",
@@ -137,6 +157,9 @@ PUBLISHED: dict[str, tuple[RewardFiles, ...]] = {
         _files("THUDM/ImageReward", "about 1.8 GB", "Apache-2.0", "ImageReward.pt"),
         _files("google-bert/bert-base-uncased", "below 1 MB", "Apache-2.0", "vocab.txt"),
     ),
+    "MUSIQ": (MUSIQ,),
+    "DEVIL": (RAFT, DINO_S, DINOV2, VICLIP),
+    "VBench": (CLIP_L, AESTHETIC_V1, CLIP_B32, DINO, RAFT, VICLIP),
 }
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from vdm_env.rewards.base import Reward, score_parts
+from vdm_env.rewards.base import NotFiniteError, Reward, score_parts
 from vdm_env.rewards.wire import CONTENT_TYPE, BadAnswer, pack_scores, unpack_request
 
 MAX_REQUEST = 4 * 2**30
@@ -85,6 +85,7 @@ class RewardServer(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: RewardServer
     protocol_version = "HTTP/1.1"
+    timeout = 300.0  # seconds without a byte after which a client that vanished is let go
 
     def do_GET(self) -> None:  # noqa: N802 - the name is http.server's
         if self.path == "/health":
@@ -101,6 +102,8 @@ class _Handler(BaseHTTPRequestHandler):
         content = self.rfile.read(int(length))
         try:
             scores = self.server.score(content)
+        except NotFiniteError as error:  # the network's fault, and another time it may be right
+            self._refuse(500, str(error))
         except (BadAnswer, ValueError, TypeError) as error:  # the request's own fault
             self._refuse(400, f"{type(error).__name__}: {error}")
         except Exception as error:

@@ -28,17 +28,22 @@ def in_chunks(function: Callable[..., Tensor], *tensors: Tensor, size: int | Non
     return torch.cat([function(*parts) for parts in zip(*(t.split(size) for t in tensors), strict=True)])
 
 
+def check_enough_frames(count: int, num_frames: int, name: str) -> None:
+    """Raises ValueError where a video has fewer frames than the network looks at."""
+    if count < num_frames:
+        raise ValueError(
+            f"reward {name!r} looks at {num_frames} frames, got {count}: decode at least as many "
+            f"(decode_frames='middle{num_frames}' repeats frames of a shorter video)"
+        )
+
+
 def fit_frames(video: Tensor, num_frames: int, name: str) -> Tensor:
     """[B,F,3,H,W] with F >= num_frames, thinned out evenly to [B,num_frames,3,H,W].
 
     Raises:
         ValueError: there are fewer frames than the network looks at.
     """
-    if video.shape[1] < num_frames:
-        raise ValueError(
-            f"reward {name!r} looks at {num_frames} frames, got {video.shape[1]}: decode at least as many "
-            f"(decode_frames='middle{num_frames}' repeats frames of a shorter video)"
-        )
+    check_enough_frames(video.shape[1], num_frames, name)
     if video.shape[1] == num_frames:
         return video
     return video[:, select_frames(num_frames, video.shape[1]).to(video.device)]

@@ -38,7 +38,7 @@ from vdm_env.rewards.loading import (
     warn_random,
 )
 from vdm_env.rewards.preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocess, normalise
-from vdm_env.rewards.tensors import at_least_float32, fit_frames, in_chunks
+from vdm_env.rewards.tensors import at_least_float32, check_enough_frames, fit_frames, in_chunks
 
 NAME = "ViCLIP"
 FILE = "ViClip-InternVid-10M-FLT.pth"
@@ -207,6 +207,11 @@ class ViClipReward:
             raise ValueError(f"preset={preset!r} is unknown; expected one of {sorted(PRESETS)}")
         self.model, self.tokenizer, self.preset, self.chunk_size = model, tokenizer, PRESETS[preset], chunk_size
         self.frames: FramePolicy = f"middle{model.config.num_frames}"
+
+    def check_num_frames(self, count: int) -> None:
+        """Raises ValueError for fewer frames than the network takes, except for one, which is a still."""
+        if count != 1:
+            check_enough_frames(count, self.model.config.num_frames, self.name)
 
     def _features(self, video: Tensor) -> Tensor:
         frames = self.preset.resize(video.flatten(0, 1), self.model.config.image_size)

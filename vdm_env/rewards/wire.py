@@ -2,7 +2,7 @@
 
 Nothing is pickled on either side. A request that fails for a reason that may pass (no connection, a time-out, a
 server's own error, an answer that makes no sense) is made again after a wait that doubles; one that the server refuses
-is not.
+is not. Each attempt ends at its deadline, also when bytes keep coming (`deadline.py`).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from vdm_env.errors import RemoteRewardError
+from vdm_env.rewards.deadline import Deadline
 
 T = TypeVar("T")
 A = TypeVar("A")
@@ -45,14 +46,19 @@ class Retries:
     """requests in all, at least 1"""
     timeout_s: float = 60.0
     """seconds without a byte from the server after which a request has failed"""
+    deadline_s: float = 600.0
+    """seconds that a request may take in all, however steadily bytes come"""
     wait_s: float = 0.5
     """before the second attempt; doubles with each further one"""
     max_wait_s: float = 30.0
     """the longest wait, whatever the server asks for"""
 
     def __post_init__(self) -> None:
-        if self.attempts < 1 or not (self.timeout_s > 0 and 0 <= self.wait_s <= self.max_wait_s):
-            raise ValueError(f"{self}: expected attempts >= 1, timeout_s > 0 and 0 <= wait_s <= max_wait_s")
+        times = self.timeout_s > 0 and self.deadline_s > 0 and 0 <= self.wait_s <= self.max_wait_s
+        if self.attempts < 1 or not times:
+            raise ValueError(
+                f"{self}: expected attempts >= 1, timeout_s and deadline_s > 0, and 0 <= wait_s <= max_wait_s"
+            )
 
 
 def request(
@@ -82,34 +88,39 @@ def request(
     failures: list[str] = []
     for attempt in range(retries.attempts):
         asked_s = 0.0
-        try:
-            message = urllib.request.Request(url, data=body, headers=dict(headers or {}))
-            with urllib.request.urlopen(message, timeout=retries.timeout_s) as answer:
-                content = answer.read(MAX_ANSWER + 1)
-            if len(content) > MAX_ANSWER:
-                raise BadAnswer(f"an answer of more than {MAX_ANSWER} bytes")
-            return read(content)
-        except urllib.error.HTTPError as error:
-            with error:
-                reason = f"HTTP {error.code}: {_said(error)}"
-                asked_s = _seconds(error.headers.get("Retry-After"))
-            if error.code < 500 and error.code not in _MAY_PASS:
-                raise RemoteRewardError(
-                    f"{who}: {url} refused the request ({reason}); correct the address or the request, it would not be "
-                    "answered another time"
-                ) from error
-        except BadAnswer as error:
-            reason = str(error)
-        except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
-            reason = str(getattr(error, "reason", error)) or type(error).__name__
+        message = urllib.request.Request(url, data=body, headers=dict(headers or {}))
+        with Deadline(retries.deadline_s) as deadline:
+            try:
+                with deadline.open(message, min(retries.timeout_s, retries.deadline_s)) as answer:
+                    content = answer.read(MAX_ANSWER + 1)
+                if len(content) > MAX_ANSWER:
+                    raise BadAnswer(f"an answer of more than {MAX_ANSWER} bytes")
+                if not deadline.passed:  # an answer cut off there may look like a whole one
+                    return read(content)
+                reason = ""
+            except urllib.error.HTTPError as error:
+                with error:
+                    reason = f"HTTP {error.code}: {_said(error)}"
+                    asked_s = _seconds(error.headers.get("Retry-After"))
+                if error.code < 500 and error.code not in _MAY_PASS:
+                    raise RemoteRewardError(
+                        f"{who}: {url} refused the request ({reason}); correct the address or the request, it would "
+                        "not be answered another time"
+                    ) from error
+            except BadAnswer as error:
+                reason = str(error)
+            except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
+                reason = str(getattr(error, "reason", error)) or type(error).__name__
+        if deadline.passed:
+            reason = f"no complete answer within the deadline of {retries.deadline_s:g} s"
         failures.append(reason)
         if attempt + 1 < retries.attempts:
             sleep(min(retries.max_wait_s, max(asked_s, retries.wait_s * 2**attempt)))
     earlier = f" (before: {'; '.join(dict.fromkeys(failures[:-1]))})" if len(set(failures)) > 1 else ""
     raise RemoteRewardError(
-        f"{who}: no usable answer from {url} in {retries.attempts} attempts of at most {retries.timeout_s:g} s: "
-        f"{failures[-1]}{earlier}; see that the server runs, then make the same call again, or raise attempts or "
-        "timeout_s"
+        f"{who}: no usable answer from {url} in {retries.attempts} attempts of at most {retries.deadline_s:g} s, "
+        f"{retries.timeout_s:g} s without a byte: {failures[-1]}{earlier}; see that the server runs, then make the "
+        "same call again, or raise attempts, timeout_s or deadline_s"
     )
 
 

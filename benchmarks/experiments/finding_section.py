@@ -8,7 +8,7 @@ import numpy as np
 
 from benchmarks.experiments.experiment import Experiment
 from benchmarks.experiments.judge import Outcome
-from benchmarks.page import Code, Facts, Section, Table, Text
+from benchmarks.page import Block, Code, Facts, Section, Table, Text
 from benchmarks.records import Run
 
 _HEAD = ("claim", "our runs", "our values", "95 % interval over seeds", "seeds")
@@ -40,7 +40,7 @@ def section(experiment: Experiment, runs: Sequence[Run]) -> Section:
         ("deviation", experiment.deviation or "none"),
     ]
     table = Table(_HEAD, [_cells(outcome) for outcome in verdict.outcomes], wrap=True)
-    blocks = [Facts(facts), table, Text(_NOTE, "note"), Code([experiment.command])]
+    blocks: list[Block] = [Facts(facts), table, Text(_NOTE, "note"), Code([experiment.command])]
     return Section(f"{experiment.name}: {verdict.word}", blocks)
 
 
