@@ -51,6 +51,7 @@ def prepare(options: Options, command: str) -> tuple[list[Any], dict[str, Any]]:
         value = getattr(options, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    _check_device(options.device)
     asked = benchmark_of(options)
     root = Path(options.out) / asked.name
     old = plan_file.read(root)
@@ -87,6 +88,19 @@ def prepare(options: Options, command: str) -> tuple[list[Any], dict[str, Any]]:
             )
         )
     return found, values
+
+
+def _check_device(name: str) -> None:
+    """Raises ValueError unless this machine has the device; with Ray another machine would be asked, and answers."""
+    import torch
+
+    if name == "auto":
+        return
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name!r} cannot be used here: {one_line(error)}; give cpu, cuda or auto") from error
 
 
 def _runs(folder: Path) -> set[Path]:

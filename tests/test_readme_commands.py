@@ -76,9 +76,9 @@ def run(words):
         asked = re.findall(r"\[([\w,]+)\]", " ".join(words))
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         assert {name for one in asked for name in one.split(",")} <= set(extras), words
-    elif words[:2] == ["accelerate", "launch"]:
+    elif words[:2] == ["accelerate", "launch"] or words[0] == "torchrun":
         # Several processes are tests/test_distributed_runs.py's; here that the command behind it is one.
-        assert "vdm-env" in words and shutil.which("accelerate", path=Path(sys.executable).parent)
+        assert "vdm-env" in words and shutil.which(words[0], path=Path(sys.executable).parent)
         with pytest.raises(SystemExit) as stop:
             cli.main([*words[words.index("vdm-env") + 1 :], "--help"])
         assert stop.value.code == 0
