@@ -1,23 +1,17 @@
 """The alarm for over-optimisation: the reward goes on rising while something it should stand for falls.
 
-    python -m algos.alarm runs/mine/vader/MovingShapes-HPS/seed_0      # of runs that were made without one
-
 Both changes are paired over the fixed (prompt, noise seed) pairs of the evaluations, and both must be clearly off zero:
 a mean over its standard error, as in a paired t-test. Everything is computed from the rows of `eval.jsonl`.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from algos.run_files import read_json, read_rows, replace_file, rows_as_bytes
 
 ALARMS = "alarms.jsonl"
 _GOLD = "gold"
@@ -118,24 +112,3 @@ def message(found: Mapping[str, Any]) -> str:
         f"ALARM over-optimisation at update {found['update']}: since update {found['since_update']} the reward rose by "
         f"{found['proxy_change']:.3g} while {found['alarm']} fell by {-found['watched_change']:.3g}"
     )
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes alarms.jsonl of run folders from their eval.jsonl. Returns the exit code: 0, or 2 where one is no run."""
-    folders = [Path(name) for name in (sys.argv[1:] if arguments is None else arguments)]
-    wrong = [folder for folder in folders if not (folder / "run.json").exists()]
-    if wrong or not folders:
-        problem = f"{wrong[0]} holds no run.json" if wrong else "give the folders of one run or several"
-        print(f"python -m algos.alarm: {problem}", file=sys.stderr)
-        return 2
-    for folder in folders:
-        split = read_json(folder / "run.json").get("task", {}).get("eval_split")
-        rows = [row for row in read_rows(folder / "eval.jsonl") if split in (None, row["split"])]
-        found = alarms(rows, Alarm())
-        replace_file(folder / ALARMS, rows_as_bytes(found))
-        print(f"{folder}: {'; '.join(map(message, found)) or 'no alarm'}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

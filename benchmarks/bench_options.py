@@ -90,7 +90,7 @@ def benchmark_of(options: Options) -> Benchmark:
     if options.preset is not None:
         base = preset(options.preset)
     else:
-        base = Benchmark(name=PROGRAM, arms=arms(EIGHT), limits=LIMITS)
+        base = Benchmark(name=PROGRAM, arms=arms(EIGHT), limits=() if options.set else LIMITS)
     changes: dict[str, Any] = {name: value for name in _SHARED if (value := getattr(options, name)) is not None}
     if options.budget is not None and options.updates is None:
         changes["updates"] = None  # of the preset, which this budget replaces

@@ -7,7 +7,8 @@ import pytest
 from gaussian import gaussian_env
 
 import algos
-from algos.alarm import Alarm, alarms, main
+from algos.alarm import Alarm, alarms
+from benchmarks.alarms import main
 
 
 def rows(update, **curves):
