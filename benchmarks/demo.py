@@ -106,7 +106,7 @@ def demo(config: DemoConfig) -> int:
 
     Returns:
         The exit code: 0; 1 after a failure or 130 if it was interrupted, with a report of what was done all the same;
-        2 for a bad budget or a folder with other runs, before anything is removed.
+        2 for a bad budget or seed, or a folder with other runs, before anything is removed.
     """
     out = Path(config.out)
     code = 0
@@ -114,6 +114,8 @@ def demo(config: DemoConfig) -> int:
         from algos.run import seconds
 
         seconds(config.budget)
+        if config.seed < 0:
+            raise ValueError(f"--seed must be at least 0, got {config.seed}")
         _clear(out)
     except (ValueError, OSError) as error:
         print(f"demo: {one_line(error)}", file=sys.stderr)
