@@ -45,7 +45,7 @@ def empty_folder(tmp_path, monkeypatch):
 def refused(arguments, capsys):
     code, out, err = answer(arguments, capsys)
     assert code == 2 and err.count("\n") == 1 and not out and "Traceback" not in err, (arguments, code, out, err)
-    assert err.startswith(("vdm-env", "reward_vs_gpu_hours", "report")), err
+    assert err.startswith(("vdm-env", "reward_vs_gpu_hours", "report", "demo")), err
     return err
 
 
