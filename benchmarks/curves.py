@@ -27,7 +27,6 @@ from benchmarks.arguments import one_line, parse
 from benchmarks.plan import run_folder
 from benchmarks.report import write_report
 from benchmarks.settings import overrides
-from benchmarks.tables import write_tables
 from benchmarks.training import ENV_ID, Setup, SetupError, train
 
 COMMAND = "python -m benchmarks.curves"
@@ -164,7 +163,6 @@ def curves(config: CurvesConfig) -> int:
             return 2
         code = 1
     try:
-        write_tables(out)
         print(f"report: {write_report(out)}")
     except (ValueError, OSError) as error:
         if code != 1:  # otherwise the one line of the failure said it all

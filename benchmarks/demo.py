@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.arguments import one_line, parse
+from benchmarks.conditions import device_name
 from benchmarks.records import GOLD, PROXY, read_runs
-from benchmarks.report import device_name, write_report
+from benchmarks.report import write_report
 from benchmarks.summary import difference, explain_unit, show, show_interval, summarise, unmeasured
 from benchmarks.training import REWARD, Setup, train
 

@@ -80,10 +80,12 @@ def wrapped(name: str, size: tuple[float, float]) -> str:
     return "\n".join(textwrap.wrap(name, 14 if size[0] < WIDE[0] else 26)) or name
 
 
-def _with_room(lines: Sequence[Line], size: tuple[float, float]) -> tuple[tuple[float, float], float]:
-    """The size with enough height for all names under each other, and the right margin that the longest needs."""
+def _with_room(
+    lines: Sequence[Line], size: tuple[float, float], more: int = 0
+) -> tuple[tuple[float, float], float]:
+    """The size with enough height for all names and `more` lines, and the right margin that the longest name needs."""
     names = [part for line in lines for part in wrapped(line.algo, size).split("\n")]
-    height = max(size[1], _LINE_IN * len(names) + 0.8)
+    height = max(size[1], _LINE_IN * (len(names) + more) + 0.8)
     return (size[0], height), 0.25 + _CHARACTER_IN * max(map(len, names), default=0)
 
 
@@ -102,11 +104,17 @@ def curves(
     ends so far below the untrained model that the others could not be told apart, the axis stops above it, and an arrow
     with its last value stands by its name.
     """
+    nothing = np.array(())
+    drawn = [
+        (line, centre_and_band(line) if len(line.runs) > 1 else (*line.runs[0], nothing, nothing)) for line in lines
+    ]
+    ends = [end for line, (grid, centre, *_) in drawn for end in _last_finite(line, grid, centre)]
+    bottom = _bottom(base, [y for _, _, y in ends])
     with style():
-        size, right = _with_room(lines, size)
+        # A name whose curve ends below the axis has its last value on a line of its own.
+        size, right = _with_room(lines, size, sum(y < bottom for _, _, y in ends) if bottom is not None else 0)
         figure, axis = new_figure(size, right=right)
-        ends = []
-        for line in lines:
+        for line, (grid, centre, low, high) in drawn:
             own, dash = line.style.colour, line.style.dash
             many = len(line.runs) > 1
             for x, y in line.runs:
@@ -114,12 +122,10 @@ def curves(
                 axis.plot(x, y, color=own, ls="-" if many else dash, marker="o", drawstyle="steps-post", **thin)
             for x, y in _broken_off(line):
                 axis.plot(x[-1:], y[-1:], color=own, marker="x", ms=7, mew=1.8, ls="", zorder=5)
-            grid, centre, low, high = centre_and_band(line) if many else (*line.runs[0], np.array(()), np.array(()))
             if many:
                 axis.plot(grid, centre, color=own, lw=2, ls=dash, drawstyle="steps-post")
                 if np.isfinite(low).any():
                     axis.fill_between(grid, low, high, color=own, alpha=0.12, lw=0, step="post")
-            ends += _last_finite(line, grid, centre)
         if base is not None:
             axis.axhline(base, color="0.35", ls="--", lw=1)
             rises = sum(y - base for _, _, y in ends) >= 0
@@ -129,7 +135,6 @@ def curves(
                 bbox={"fc": "white", "ec": "none", "alpha": 0.7, "pad": 0.5},
             )  # fmt: skip
         axis.margins(x=0.02, y=0.12)
-        bottom = _bottom(base, [y for _, _, y in ends])
         if bottom is not None:
             axis.set_ylim(bottom=bottom)
         if log_x:

@@ -20,7 +20,6 @@ from benchmarks import clips, experiments, page, plots
 from benchmarks.answer import answer
 from benchmarks.arguments import one_line
 from benchmarks.breakdown import bar_plates, frame_plates
-from benchmarks.conditions import device_name as device_name
 from benchmarks.conditions import limits, setup
 from benchmarks.figures import Plate, View, curve_plates
 from benchmarks.overview import matrix, matrix_note, table, table_note

@@ -51,7 +51,8 @@ def prepare(options: Options, command: str) -> tuple[list[Any], dict[str, Any]]:
         value = getattr(options, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-    _check_device(options.device)
+    if not _by_ray(options):  # then other machines have it, and answer for themselves
+        _check_device(options.device)
     asked = benchmark_of(options)
     root = Path(options.out) / asked.name
     old = plan_file.read(root)
@@ -91,7 +92,7 @@ def prepare(options: Options, command: str) -> tuple[list[Any], dict[str, Any]]:
 
 
 def _check_device(name: str) -> None:
-    """Raises ValueError unless this machine has the device; with Ray another machine would be asked, and answers."""
+    """Raises ValueError unless this machine has the device."""
     import torch
 
     if name == "auto":
@@ -152,8 +153,7 @@ def run(options: Options, command: str) -> int:
     code = exit_code([one.ended for one in outcomes], some_done=bool(done))
     if code == 2:
         return code
-    reported = report(root)
-    return code or reported
+    return code or reported(root)
 
 
 def complain(error: Exception) -> int:
@@ -190,13 +190,11 @@ def exit_code(ended: Sequence[str], *, some_done: bool) -> int:
     return int(any(one in ("failed", "refused") for one in ended))
 
 
-def report(folder: Path) -> int:
-    """Writes report and tables; the exit code is 1 where there is nothing to report."""
+def reported(folder: Path) -> int:
+    """Writes report and tables after runs; the exit code is 1 where none of them has anything to report."""
     from benchmarks.report import write_report
-    from benchmarks.tables import write_tables
 
     try:
-        write_tables(folder)
         _say(f"report: {write_report(folder)}")
     except (ValueError, OSError) as error:
         print(f"{PROGRAM}: {one_line(error)}", file=sys.stderr)
@@ -218,7 +216,9 @@ def main(arguments: Sequence[str] | None = None, program: str = f"python -m benc
     if name not in COMMANDS:
         refuse(PROGRAM, f"expected one of {', '.join(COMMANDS)}, got {name or 'nothing'} (see --help)")
     if name == "report":
-        return report(Path(parse(ReportOptions, given[1:], f"{PROGRAM} report").folder))
+        from benchmarks.report import report
+
+        return report(parse(ReportOptions, given[1:], f"{PROGRAM} report").folder)
     options: Options = parse(Options, given[1:], f"{PROGRAM} {name}")
     if name == "run":
         return run(options, shlex.join([*program.split(), *given]))

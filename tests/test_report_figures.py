@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 
 from algos.zoo import ZOO
 from benchmarks import charts, plots
@@ -90,3 +91,31 @@ def test_a_figure_of_times_marks_what_is_censored() -> None:
     rows = [charts.Dots(Line("vader", []), [Reached(1.0, False), Reached(2.0, True)], None)]
     drawn = charts.dots(rows, x_label="hours").axes[0].lines
     assert [line.get_marker() for line in drawn] == ["o", ">"]
+
+
+@pytest.mark.parametrize("size", [plots.WIDE, plots.NARROW])
+def test_a_collapsed_run_leaves_the_others_apart_and_says_where_it_ended(size: tuple[float, float]) -> None:
+    x = np.array([0.0, 1.0])
+    fine = {f"fine {i}": 0.5 + 0.01 * (i + 1) for i in range(12)}
+    ends = {**fine, "collapsed": 0.2, "also collapsed, with a long name": 0.1}
+    lines = [Line(name, [(x, np.array([0.5, end]))]) for name, end in ends.items()]
+    figure = plots.curves(lines, x_label="x", y_label="y", base=0.5, size=size)
+    figure.draw_without_rendering()
+    axis = figure.axes[0]
+    assert axis.get_ylim()[0] == pytest.approx(0.5 - 0.5 * 0.12)  # half of the best gain below the untrained model
+    named = [text for text in axis.texts if text.get_text() != "untrained model"]
+    assert [text.get_text() for text in named if "\N{DOWNWARDS ARROW}" in text.get_text()] == [
+        plots.wrapped("also collapsed, with a long name", size) + "\n\N{DOWNWARDS ARROW} 0.1",
+        "collapsed\n\N{DOWNWARDS ARROW} 0.2",
+    ]
+    boxes = [Text.get_window_extent(text) for text in named]  # without their arrows
+    assert not any(a.overlaps(b) for a, b in itertools.combinations([box.padded(-1) for box in boxes], 2))
+    assert all(box.y0 >= 0 and box.y1 <= figure.bbox.height for box in boxes)
+
+
+@pytest.mark.parametrize("worst", [0.41, 0.6])
+def test_the_axis_shows_all_where_nothing_collapsed(worst: float) -> None:
+    x = np.array([0.0, 1.0])
+    lines = [Line(name, [(x, np.array([0.5, end]))]) for name, end in {"a": 0.6, "b": worst}.items()]
+    axis = plots.curves(lines, x_label="x", y_label="y", base=0.5).axes[0]
+    assert axis.get_ylim()[0] < worst and not any("\N{DOWNWARDS ARROW}" in text.get_text() for text in axis.texts)

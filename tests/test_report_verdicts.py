@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import math
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from benchmarks import page
 from benchmarks.answer import answer
+from benchmarks.experiments import EXPERIMENTS
 from benchmarks.overview import matrix, table
 from benchmarks.pooled import pool
 from benchmarks.records import by_task, check_comparable, read_plan, read_run, read_runs
@@ -241,3 +243,20 @@ def test_paired_differences_on_disk_are_those_of_the_scores(tmp_path: Path) -> N
     assert (row["a"], row["b"], row["n"], row["axis"]) == ("ddpo", "vader", 3, "device_s")
     assert row["difference"] == pytest.approx(expected, abs=1e-5)
     assert json.dumps(row["low"]) != "NaN" and row["low"] < row["difference"] < row["high"]
+
+
+def test_the_report_of_a_papers_experiment_sets_its_finding_beside_the_runs(tmp_path: Path) -> None:
+    experiment = EXPERIMENTS["vader-efficiency"]
+    root = tmp_path / "under-another-name"
+    labels = [arm.label for arm in experiment.benchmark.arms]
+    for label in labels:
+        for seed in range(3):
+            write_run(root, label, seed=seed, gain=(0.4 if label == "vader" else 0.1) + 0.01 * seed)
+    write_benchmark(root, labels, experiment=experiment.name)
+    write_report(root)
+    for name in ("report.html", "report.md"):
+        text = html.unescape((root / name).read_text())
+        assert experiment.finding in text and "agrees" in text
+    write_benchmark(root, labels)
+    write_report(root)
+    assert experiment.finding not in (root / "report.md").read_text()

@@ -7,14 +7,16 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import execute, plan_file
+from benchmarks.bench_options import Options
 from benchmarks.plan import Arm, Benchmark, check, folder_name, run_folder
-from benchmarks.reward_vs_gpu_hours import main
+from benchmarks.reward_vs_gpu_hours import main, prepare
 from vdm_env.env import DenoisingVectorEnv
 
 ENV = "MovingShapes-Brightness"
@@ -220,6 +222,24 @@ def test_wrong_arguments_are_one_line(
     said = capsys.readouterr()
     assert code == 2 and said.err.count("\n") == 1 and not said.out and message in said.err, said
     assert not list(tmp_path.iterdir())
+
+
+def test_a_device_this_machine_lacks_is_refused_unless_ray_runs_it_elsewhere(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    options = Options(updates=1, device="cuda:99", out=str(tmp_path))
+    with pytest.raises(ValueError, match="'cuda:99' cannot be used here.*give cpu, cuda or auto"):
+        prepare(options, "")
+    assert main(["run", "--updates", "1", "--device", "cuda:99", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1 and not list(tmp_path.iterdir())
+    found, _ = prepare(replace(options, ray=True), "")
+    assert found and {job.device for job in found} == {"cuda:99"}
+    assert prepare(replace(options, ray_address="auto"), "")
+
+
+def test_a_report_of_nothing_is_wrong_usage(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["report", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 def test_offline_algorithms_come_after_those_that_build_their_data(tmp_path: Path) -> None:
