@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from algos.alarm import ALARMS, Alarm, alarms, message
+from algos.budget import Schedule
 from algos.checkpoint_store import CheckpointStore
 from algos.distributed import PeerError, Ranks
 from algos.evaluate import GOLD, PROXY, Evaluation, Evaluator
@@ -20,56 +17,15 @@ from algos.meter import Meter, finite
 from algos.out_of_memory import Before, half, is_out_of_memory, set_micro_batch
 from algos.progress import Progress, Stop
 from algos.random_state import get_random_state, set_random_state
-from algos.run_files import append_rows, read_json, read_rows, replace_file, replace_json, sync_logs, writing
-from algos.sample_videos import save_samples
+from algos.run_files import append_rows, read_json, read_rows, replace_json, sync_logs, writing
+from algos.sample_videos import save_videos
 from algos.watchers import Watchers
 
 OVER_OPTIMISATION = "over-optimisation"
-_UNITS = {"s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
-
-
-def seconds(text: str | float) -> float:
-    """Seconds of a duration: "90s", "2min", "1.5h", or a number of seconds.
-
-    Raises:
-        ValueError: anything else, or nothing positive.
-    """
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([a-z]*)\s*", str(text))
-    try:
-        value = float(match[1]) * _UNITS[match[2] or "s"] if match else 0.0
-    except (KeyError, ValueError):
-        value = 0.0
-    if value <= 0:
-        raise ValueError(f"{text!r} is no duration: write a positive number and s, min or h, such as '90s' or '2min'")
-    return value
 
 
 class OutOfMemoryError(RuntimeError):
     """Memory did not suffice; the message names the settings that need less of it."""
-
-
-class Schedule:
-    """When the next evaluation is due, in updates or in device-seconds."""
-
-    def __init__(self, every: str | int | None, limit: float | None, updates: int | None) -> None:
-        if every is None:
-            every = max(1, (updates or 1) // 8) if limit is None else f"{limit / 8}s"
-        self.in_updates = isinstance(every, int)
-        self.every = float(every) if isinstance(every, int) else seconds(every)
-        if self.every <= 0:
-            raise ValueError(f"eval_every must be positive, got {every}")
-        self.next = self.every
-
-    def __str__(self) -> str:
-        return f"{self.every:g} {'updates' if self.in_updates else 'device-s'}"
-
-    def __call__(self, update: int, device_s: float) -> bool:
-        now = update if self.in_updates else device_s
-        if now < self.next:
-            return False
-        # An update longer than the interval must not be followed by a row of late evaluations.
-        self.next = (now // self.every + 1) * self.every
-        return True
 
 
 @dataclass(kw_only=True, eq=False)
@@ -290,29 +246,17 @@ class Loop:
         }
         found = every[0]
         self.meter.nan_values += sum(one.nan_values for one in every)
-        with writing(self.folder):
-            self._save_videos(found)
+        if self.ranks.main:
+            with writing(self.folder):
+                save_videos(self.folder, self.update, found, self._fps(), mp4=self.sample_mp4)
         self._append("eval.jsonl", [{**at, **row} for one in every for row in one.rows])
-        self._show(every)
+        self.watchers.evaluated(self.update, every, self._fps())
         self._watch(found)
         self.evaluation_due, self.evaluated_at = False, self.update
         names = {row["reward"] for row in found.rows} & {PROXY, GOLD}
         self.scores = {name: found.mean(name) for name in sorted(names, reverse=True)}
         self.bar.evaluated(self.update, self.scores)
         self._keep_best(self.scores.get(PROXY, math.nan))
-
-    def _show(self, every: Sequence[Evaluation]) -> None:
-        """Tells the watchers what the evaluations found, the main one without the name of its split."""
-        if not self.watchers:
-            return
-        names: dict[str, tuple[Evaluation, str]] = {}
-        for number, one in enumerate(every):
-            for row in one.rows:
-                names.setdefault(f"{row['split']}/{row['reward']}" if number else row["reward"], (one, row["reward"]))
-        means = {name: one.mean(reward) for name, (one, reward) in names.items()}
-        self.watchers.tell("evaluation", self.update, {name: mean for name, mean in means.items() if mean == mean})
-        if every[0].videos is not None:
-            self.watchers.tell("videos", self.update, every[0].videos, every[0].prompts, self._fps())
 
     def _fps(self) -> float:
         spec = getattr(getattr(self.env, "model", None), "spec", None)
@@ -347,24 +291,6 @@ class Loop:
             if self.ranks.main:
                 self.store.mark_best(self.update, reward)
             self.store.best_update, self.store.best_reward = self.update, reward
-
-    def _save_videos(self, found: Evaluation) -> None:
-        if found.videos is None or not self.ranks.main:
-            return
-        prompt_ids, noise_seeds = zip(*found.pairs, strict=True)
-        data = io.BytesIO()
-        np.savez_compressed(
-            data,
-            videos=found.videos,
-            prompt_ids=np.array(prompt_ids),
-            noise_seeds=np.array(noise_seeds),
-            prompts=np.array(found.prompts),
-        )
-        (self.folder / "samples").mkdir(exist_ok=True)
-        path = self.folder / "samples" / f"eval_{self.update:06d}.npz"
-        if self.sample_mp4:
-            save_samples(path.with_suffix(""), found.videos, found.prompts, self._fps())
-        replace_file(path, data.getvalue())
 
     def _checkpoint(self) -> None:
         """Writes one.

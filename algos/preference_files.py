@@ -46,7 +46,7 @@ REQUIRED = ("model", "latent_shape", "candidates", "reward")
 _SEED_APART = " (seed is that of the videos: VideoDPOConfig.data_seed sets it apart from the seed of the learning)"
 _SHARD = re.compile(r"shard-\d{5,}\.safetensors")
 COSTS = ("device_s", "videos_sampled", "reward_queries", "denoiser_forwards")
-"""what making videos costs: seconds of rollout, decoding and reward, and the counts of `vdm_env.mdp.Counters`"""
+"""what making videos costs: device-seconds of rollout, decoding and reward, and the counts of `vdm_env.mdp.Counters`"""
 AGAIN = "restore the folder from a copy, or delete it and build the data again"
 
 

@@ -10,6 +10,7 @@ What sampling and scoring cost is written with the data (`preference_files.COSTS
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -154,7 +155,7 @@ def sample_groups(
         )
     twin = env.derive(group_size=1)
     twin.mdp.counters = env.mdp.counters
-    before = replace(env.mdp.counters)
+    before, cpu_before = replace(env.mdp.counters), time.process_time()
     ids = [prompts[g % len(prompts)] for g in numbers for _ in range(candidates)]
     seeds = [video_seed(seed, g, c) for g in numbers for c in range(candidates)]
     latents, reward, scores = [], [], []
@@ -176,7 +177,7 @@ def sample_groups(
         reward=torch.cat(reward).reshape(shape),
         scores={name: torch.cat([row[name] for row in scores]).reshape(shape) for name in names},
         video_seeds=torch.tensor(seeds).reshape(shape),
-        cost=ranks.totals(_spent(before, env.mdp.counters)),
+        cost=ranks.totals(_spent(before, env.mdp.counters, time.process_time() - cpu_before, env.mdp.device)),
     )
 
 
@@ -265,10 +266,11 @@ def _episode(env: Any, policy: Any, ids: list[int], seeds: list[int]) -> tuple[T
     return obs["latents"].cpu(), reward.cpu(), {name: value.cpu() for name, value in info["reward_parts"].items()}
 
 
-def _spent(before: Any, now: Any) -> dict[str, float]:
-    """Between two states of an MDP's counters, COSTS by name."""
+def _spent(before: Any, now: Any, cpu_s: float, device: torch.device) -> dict[str, float]:
+    """Between two states of an MDP's counters, COSTS by name; device-seconds are those of `algos.meter`."""
     spent = {name: float(getattr(now, name) - getattr(before, name)) for name in (*COSTS[1:], *_PHASES)}
-    return {"device_s": sum(spent[name] for name in _PHASES), **{name: spent[name] for name in COSTS[1:]}}
+    device_s = cpu_s if device.type == "cpu" else sum(spent[name] for name in _PHASES)
+    return {"device_s": device_s, **{name: spent[name] for name in COSTS[1:]}}
 
 
 def _filled(values: list[int], length: int) -> list[int]:

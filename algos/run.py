@@ -38,10 +38,11 @@ from typing import Any, Literal, Protocol
 
 from algos import distributed
 from algos.alarm import Alarm
+from algos.budget import Schedule, seconds
 from algos.checkpoint_store import CheckpointStore
 from algos.evaluate import Evaluator, splits_info
 from algos.flops import Flops
-from algos.loop import Loop, OutOfMemoryError, Schedule, seconds
+from algos.loop import Loop, OutOfMemoryError
 from algos.meter import Meter
 from algos.progress import Progress, Stop
 from algos.provenance import plain, provenance

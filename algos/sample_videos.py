@@ -1,7 +1,11 @@
-"""The videos of an evaluation as files that people open: samples/eval_<update>/<prompt>.mp4."""
+"""The videos of an evaluation in a run's folder: as arrays for reports, and as files that people open.
+
+samples/eval_<update>.npz and samples/eval_<update>/<prompt>.mp4.
+"""
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 from collections.abc import Sequence
@@ -11,9 +15,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from algos.evaluate import Evaluation
+from algos.run_files import replace_file
 from vdm_env.video import save_mp4
 
 _NAME = 100  # characters; file systems take 255 bytes, and a character may be four
+
+
+def save_videos(folder: Path, update: int, found: Evaluation, fps: float, *, mp4: bool = True) -> None:
+    """Writes the videos that an evaluation kept; nothing where it kept none.
+
+    Args:
+        folder: of the run.
+        update: after which they were made.
+        found: uint8 videos [n, F, H, W, 3] with their prompts and (prompt id, noise seed) pairs.
+        fps: frames per second.
+        mp4: False leaves the files for people out.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    if found.videos is None:
+        return
+    prompt_ids, noise_seeds = zip(*found.pairs, strict=True)
+    data = io.BytesIO()
+    np.savez_compressed(
+        data,
+        videos=found.videos,
+        prompt_ids=np.array(prompt_ids),
+        noise_seeds=np.array(noise_seeds),
+        prompts=np.array(found.prompts),
+    )
+    (folder / "samples").mkdir(exist_ok=True)
+    path = folder / "samples" / f"eval_{update:06d}.npz"
+    if mp4:
+        save_samples(path.with_suffix(""), found.videos, found.prompts, fps)
+    replace_file(path, data.getvalue())
 
 
 def save_samples(folder: Path, videos: np.ndarray, captions: Sequence[str], fps: float) -> list[Path]:

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from algos.evaluate import Evaluation
 from algos.random_state import get_random_state, set_random_state
 from algos.run_files import TENSORBOARD, WANDB_STATE, read_json, read_rows, replace_json
 from algos.sample_videos import as_video, distinct
@@ -229,8 +230,18 @@ class Watchers:
     ) -> None:
         self._watchers, self._say, self._device = list(watchers), say, device
 
-    def __bool__(self) -> bool:
-        return bool(self._watchers)
+    def evaluated(self, update: int, every: Sequence[Evaluation], fps: float) -> None:
+        """Tells of evaluations of several splits after an update: means, and the videos of the first."""
+        if not self._watchers:
+            return
+        names: dict[str, tuple[Evaluation, str]] = {}
+        for number, one in enumerate(every):
+            for row in one.rows:
+                names.setdefault(f"{row['split']}/{row['reward']}" if number else row["reward"], (one, row["reward"]))
+        means = {name: one.mean(reward) for name, (one, reward) in names.items()}
+        self.tell("evaluation", update, {name: mean for name, mean in means.items() if mean == mean})
+        if every[0].videos is not None:
+            self.tell("videos", update, every[0].videos, every[0].prompts, fps)
 
     def tell(self, what: str, *values: Any) -> None:
         """Calls this method of each."""

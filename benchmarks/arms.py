@@ -121,6 +121,6 @@ def eval_every(benchmark: Benchmark) -> str | int:
     """Updates between evaluations, or device-seconds if the budget is given in these alone."""
     if benchmark.updates is not None:
         return max(1, benchmark.updates // benchmark.evals)
-    from algos.run import seconds
+    from algos.budget import seconds
 
     return f"{seconds(benchmark.budget or '') / benchmark.evals}s"

@@ -166,7 +166,7 @@ def _check_names(benchmark: Benchmark) -> None:
     Raises:
         ValueError: see there.
     """
-    from algos.run import seconds
+    from algos.budget import seconds
     from algos.zoo import recipe
     from benchmarks.settings import algorithm_config, keyword_settings
     from vdm_env.registry import parse_id, parse_rewards

@@ -78,7 +78,7 @@ def _eval_every(config: CurvesConfig) -> str | int:
     """Updates between evaluations, or device-seconds if the budget is given in these alone."""
     if config.updates is not None:
         return max(1, config.updates // config.evals)
-    from algos.run import seconds
+    from algos.budget import seconds
 
     return f"{seconds(config.budget or '') / config.evals}s"
 
@@ -90,7 +90,7 @@ def _check(config: CurvesConfig) -> None:
         ValueError: an unknown algorithm, no budget, a bad duration, a number below one, or seeds that are missing,
             repeated or negative.
     """
-    from algos.run import seconds
+    from algos.budget import seconds
     from algos.zoo import recipe
 
     recipe(config.algo)

@@ -112,7 +112,7 @@ def demo(config: DemoConfig) -> int:
     out = Path(config.out)
     code = 0
     try:
-        from algos.run import seconds
+        from algos.budget import seconds
 
         seconds(config.budget)
         if config.seed < 0:

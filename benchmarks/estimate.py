@@ -78,7 +78,7 @@ def evaluated_videos(benchmark: Benchmark) -> int:
 
 def lines(todo: Sequence[Job], root: Path) -> list[str]:
     """The plan in words."""
-    from algos.run import seconds
+    from algos.budget import seconds
 
     benchmark, found = todo[0].benchmark, measured(todo)
     limit = None if benchmark.budget is None else seconds(benchmark.budget)

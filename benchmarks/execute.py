@@ -123,7 +123,7 @@ def expected(job: Job, model: str) -> dict[str, Any]:
     Raises:
         ValueError: see `differing`.
     """
-    from algos.loop import Schedule, seconds
+    from algos.budget import Schedule, seconds
     from algos.provenance import plain
     from algos.zoo import recipe
     from benchmarks.arms import arm_record, arm_settings, eval_every

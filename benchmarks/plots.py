@@ -80,9 +80,7 @@ def wrapped(name: str, size: tuple[float, float]) -> str:
     return "\n".join(textwrap.wrap(name, 14 if size[0] < WIDE[0] else 26)) or name
 
 
-def _with_room(
-    lines: Sequence[Line], size: tuple[float, float], more: int = 0
-) -> tuple[tuple[float, float], float]:
+def _with_room(lines: Sequence[Line], size: tuple[float, float], more: int = 0) -> tuple[tuple[float, float], float]:
     """The size with enough height for all names and `more` lines, and the right margin that the longest name needs."""
     names = [part for line in lines for part in wrapped(line.algo, size).split("\n")]
     height = max(size[1], _LINE_IN * (len(names) + more) + 0.8)
@@ -104,7 +102,7 @@ def curves(
     ends so far below the untrained model that the others could not be told apart, the axis stops above it, and an arrow
     with its last value stands by its name.
     """
-    nothing = np.array(())
+    nothing: np.ndarray = np.array(())
     drawn = [
         (line, centre_and_band(line) if len(line.runs) > 1 else (*line.runs[0], nothing, nothing)) for line in lines
     ]

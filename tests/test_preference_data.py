@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -13,7 +14,7 @@ from models import tiny_env
 from algos import preference_data, preference_files, preference_sampling
 from algos.preference_data import PreferenceData
 from algos.preference_files import INDEX, DamagedDataError, PreferenceWriter, digest
-from algos.preference_sampling import build_preferences, sample_groups, sampling_settings, video_seed
+from algos.preference_sampling import _spent, build_preferences, sample_groups, sampling_settings, video_seed
 from vdm_env.worlds.gaussian import TargetReward
 
 SHAPE = (3, 2, 2, 2)
@@ -390,17 +391,21 @@ def test_what_cannot_be_sampled_is_refused(env, tmp_path):
         build(tmp_path, env, full_policy(env), groups=0)
 
 
-def test_what_making_the_data_cost_is_kept_with_them(env, tmp_path):
+def test_what_making_the_data_cost_is_kept_with_them(env, tmp_path, monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr("time.process_time", lambda: next(clock) ** 2)  # readings of 0, 1, 4, 9, ...
     before = dataclasses.replace(env.mdp.counters)
     data = build(tmp_path / "built", env, full_policy(env))
     now, names = env.mdp.counters, ("videos_sampled", "reward_queries", "denoiser_forwards")
     spent = {name: getattr(now, name) - getattr(before, name) for name in names}
-    seconds = sum(getattr(now, name) - getattr(before, name) for name in ("rollout_s", "decode_s", "reward_s"))
     # two groups of four fill two batches of six, and the last group one
     assert spent["videos_sampled"] == spent["reward_queries"] == 30 and spent["denoiser_forwards"] == 30 * env.num_steps
-    assert data.cost() == pytest.approx({**spent, "device_s": seconds})
+    assert data.cost() == {**spent, "device_s": (1 - 0) + (9 - 4) + (25 - 16)}  # CPU-seconds of three shards
     assert data.cost(3)["reward_queries"] == 12 + 12 / 2  # half of the second shard
     assert data.cost(2)["device_s"] < data.cost(4)["device_s"]
+    # On a GPU, the time it was held.
+    now = dataclasses.replace(before, rollout_s=before.rollout_s + 4, decode_s=before.decode_s + 2)
+    assert _spent(before, now, 1.0, torch.device("cuda"))["device_s"] == pytest.approx(6)
     # What it cost is no part of what the data are, and where nobody says it there is no number.
     rows = (PROMPTS, latents_of(3), REWARD)
     cost = {"device_s": 2.0, "videos_sampled": 9.0, "reward_queries": 9.0, "denoiser_forwards": 40.0}

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from algos import Evaluator, run
+from algos.budget import seconds
 from algos.checkpoint import DamagedCheckpointError, load_checkpoint, save_checkpoint, split_tensors
 from algos.checkpoint_store import best_checkpoint, checkpoints, newest_checkpoint
 from algos.meter import COUNTS, METRICS, RESERVED, Meter
-from algos.run import run_folder, seconds
+from algos.run import run_folder
 
 
 @dataclass

@@ -125,7 +125,7 @@ def check(config: TrainConfig) -> None:
         ValueError: no algorithm or an unknown one, no budget, a bad duration, a number below one, an unknown watcher.
         ImportError: a watcher's package is not installed.
     """
-    from algos.run import seconds
+    from algos.budget import seconds
     from algos.watchers import make_watchers
     from algos.zoo import recipe
 
