@@ -29,6 +29,19 @@ def golden_folder() -> Callable[[str], Path]:
     return find
 
 
+@pytest.fixture
+def only_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine without weights but those put into the returned folder."""
+    from vdm_env.models import local_weights
+
+    root = tmp_path / "weights"
+    root.mkdir()
+    monkeypatch.setenv(local_weights.VARIABLE, str(root))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(local_weights, "try_to_load_from_cache", lambda *_: None)
+    return root
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, with a reason, what this machine cannot run."""
     marked_gpu = [item for item in items if item.get_closest_marker("gpu")]

@@ -16,7 +16,7 @@ from torch import Tensor
 from vdm_env import make
 from vdm_env.errors import CorruptWeightsError, MissingWeightsError
 from vdm_env.grids import latent_scale_lvdm, scaled_linear_alphas_cumprod
-from vdm_env.models import conditioning, local_weights, lvdm, t2v_turbo, unet3d
+from vdm_env.models import conditioning, lvdm, t2v_turbo, unet3d
 from vdm_env.models.checkpoint_files import read_checkpoint
 from vdm_env.models.lvdm_keys import Entry, text_entries, unet_entries, vae_entries
 from vdm_env.models.lvdm_sizes import AutoencoderSizes, TextSizes, UNetSizes
@@ -52,17 +52,6 @@ def checkpoint() -> dict[str, Tensor]:
         "alphas_cumprod": alphas,
         "scale_arr": torch.cat([latent_scale_lvdm()[:400], torch.full((1000,), 0.7)]).float(),
     }
-
-
-@pytest.fixture
-def only_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine without weights but those put into the returned folder."""
-    root = tmp_path / "weights"
-    root.mkdir()
-    monkeypatch.setenv(local_weights.VARIABLE, str(root))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(local_weights, "try_to_load_from_cache", lambda *_: None)
-    return root
 
 
 # -------------------------------------------------------------------------------------------------- conversion

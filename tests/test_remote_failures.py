@@ -8,10 +8,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
+from serving import served
 from torch import Tensor
 
 import vdm_env
@@ -30,18 +30,6 @@ def videos(count: int = 2) -> Tensor:
 
 def brightness(video: Tensor, prompts: list[str]) -> Tensor:
     return video.mean((1, 2, 3, 4))
-
-
-@contextmanager
-def served(reward: Any, port: int = 0) -> Iterator[RewardServer]:
-    with RewardServer(reward, port=port) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 @contextmanager
@@ -133,7 +121,7 @@ def test_a_dripping_health_does_not_hold_the_start() -> None:
 
 
 def test_an_answer_before_the_deadline_is_taken_and_leaves_no_clock() -> None:
-    with served(as_reward(brightness)) as server:
+    with served(RewardServer(as_reward(brightness))) as server:
         reward = RemoteReward(server.url, retries=Retries(deadline_s=3600.0))
         torch.testing.assert_close(reward(videos(), PROMPTS), brightness(videos(), PROMPTS))
     assert no_clock_runs()
@@ -149,7 +137,7 @@ def test_scores_that_are_not_finite_are_asked_for_again(bad: float) -> None:
         return brightness(video, prompts) * (bad if len(calls) < 3 else 1.0)
 
     waits: list[float] = []
-    with served(as_reward(flaky)) as server:
+    with served(RewardServer(as_reward(flaky))) as server:
         reward = RemoteReward(server.url, retries=Retries(attempts=3, wait_s=0.5), sleep=waits.append)
         torch.testing.assert_close(reward(videos(), PROMPTS), brightness(videos(), PROMPTS))
         assert waits == [0.5, 1.0] and len(calls) == 3
@@ -194,7 +182,7 @@ def test_the_state_of_a_run_is_intact(failure: str) -> None:
         return brightness(video, prompts) * (float("nan") if broken.is_set() and failure == "NaN" else 1.0)
 
     retries = Retries(attempts=2, timeout_s=5.0, deadline_s=0.2 if failure == "drips" else 60.0, wait_s=0.0)
-    with served(as_reward(score, name="Bright")) as server:
+    with served(RewardServer(as_reward(score, name="Bright"))) as server:
         port = server.server_address[1]
         reward = RemoteReward(server.url, retries=Retries(), name="Bright")
         env = vdm_env.make(model="MovingShapes", prompts=PROMPTS, num_envs=2, num_steps=1, seed=3, reward=reward)
@@ -214,7 +202,7 @@ def test_the_state_of_a_run_is_intact(failure: str) -> None:
     assert env.mdp.counters.reward_queries == counted
     broken.clear()
     reward.retries = Retries()
-    with served(as_reward(score, name="Bright"), port=int(port)):
+    with served(RewardServer(as_reward(score, name="Bright"), port=int(port))):
         env.reset(seed=3)
         again = env.step(action)[1]
     assert torch.equal(again, expected) and env.mdp.counters.reward_queries == 2 * counted

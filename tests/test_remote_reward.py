@@ -8,13 +8,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from serving import served
 from torch import Tensor
 
 import vdm_env
@@ -36,18 +36,6 @@ def videos(count: int = 3) -> Tensor:
 def brightness(video: Tensor, prompts: list[str]) -> Tensor:
     """Also says which prompt it was."""
     return video.mean((1, 2, 3, 4)) + torch.tensor([float(len(p)) for p in prompts])
-
-
-@contextmanager
-def served(server: ThreadingHTTPServer) -> Iterator[Any]:
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 @pytest.fixture

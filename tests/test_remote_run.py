@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from gaussian import ddpo_on, full_policy, gaussian_env
+from serving import served
 from torch import Tensor
 
 from algos import run
@@ -23,18 +22,6 @@ from vdm_env.worlds.gaussian import TargetReward
 
 UPDATES, BROKEN_AT = 4, 5
 """the server is broken from that call on, until it is mended"""
-
-
-@contextmanager
-def served(reward: Any) -> Iterator[RewardServer]:
-    with RewardServer(reward) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 def train(out: Path, reward: Any) -> Tensor:
@@ -71,10 +58,10 @@ def test_a_run_goes_on_where_its_reward_failed(failure: str, tmp_path: Path) -> 
             raise RuntimeError("the device fell over")
         return scores * float("nan") if failure == "NaN" else scores[:-1]
 
-    with served(as_reward(real, name=real.name, range=real.range)) as server:
+    with served(RewardServer(as_reward(real, name=real.name, range=real.range))) as server:
         expected = train(tmp_path / "whole", RemoteReward(server.url, batch=64, concurrency=1))
     torch.testing.assert_close(expected, train(tmp_path / "home", real), rtol=1e-4, atol=1e-5)
-    with served(as_reward(flaky, name=real.name, range=real.range)) as server:
+    with served(RewardServer(as_reward(flaky, name=real.name, range=real.range))) as server:
         retries = Retries(attempts=2, wait_s=0.0)
         # One request a call: the calls are counted.
         remote = RemoteReward(server.url, batch=64, concurrency=1, retries=retries)

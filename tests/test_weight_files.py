@@ -21,7 +21,7 @@ from tests.test_lvdm import PLACE, SIZES, brightness, checkpoint
 from vdm_env import make
 from vdm_env.checksums import MANIFEST, check_file, expected_sha256, read_manifest, write_manifest
 from vdm_env.errors import CorruptWeightsError, MissingWeightsError
-from vdm_env.models import local_weights, lvdm, unet3d
+from vdm_env.models import lvdm, unet3d
 from vdm_env.models.checkpoint_files import read_checkpoint
 from vdm_env.models.loading import load_folder
 from vdm_env.models.opensora_weights import read_tensors, read_text
@@ -31,15 +31,10 @@ VAE: dict[str, Any] = dict(block_out_channels=(4,), norm_num_groups=2, layers_pe
 
 
 @pytest.fixture
-def only_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine without weights but those put into the returned folder; a small VideoCrafter2 is the release."""
-    root = tmp_path / "weights"
-    root.mkdir()
-    monkeypatch.setenv(local_weights.VARIABLE, str(root))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(local_weights, "try_to_load_from_cache", lambda *_: None)
+def small_release(only_here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of `only_here`, where a small VideoCrafter2 is the release."""
     monkeypatch.setattr(lvdm, "Sizes", lambda: SIZES)
-    return root
+    return only_here
 
 
 def flip_bit(file: Path, place: int) -> None:
@@ -59,9 +54,9 @@ def inside_a_tensor(file: Path) -> int:
 # ------------------------------------------------------------------------------------------------------- conversion
 
 
-def test_a_checkpoint_in_the_folder_of_its_models_name_is_converted(only_here: Path) -> None:
+def test_a_checkpoint_in_the_folder_of_its_models_name_is_converted(small_release: Path) -> None:
     """Where `VDM_WEIGHTS/VideoCrafter2/model.ckpt` lies, the converted folders go beside it."""
-    place = only_here / "VideoCrafter2"
+    place = small_release / "VideoCrafter2"
     place.mkdir()
     torch.save({"state_dict": checkpoint()}, place / "model.ckpt")
     options: dict[str, Any] = dict(reward=brightness, num_steps=1, num_frames=2, height=64, width=64, prompts=["a"])
@@ -75,8 +70,8 @@ def test_a_checkpoint_in_the_folder_of_its_models_name_is_converted(only_here: P
         assert torch.equal(env.model.predict(x, t, condition), again.model.predict(x, t, condition))
 
 
-def test_converted_weights_of_another_checkpoint_are_not_taken(only_here: Path) -> None:
-    file, state = only_here / "model.ckpt", checkpoint()
+def test_converted_weights_of_another_checkpoint_are_not_taken(small_release: Path) -> None:
+    file, state = small_release / "model.ckpt", checkpoint()
     torch.save({"state_dict": state}, file)
     unet3d.load_videocrafter2(**PLACE)
     os.utime(file, (1, 1))  # a copy looks newer or older, and is the same
@@ -85,13 +80,15 @@ def test_converted_weights_of_another_checkpoint_are_not_taken(only_here: Path) 
     torch.save({"state_dict": state | {name: state[name] + 1}}, file)  # trained on: as many bytes
     with pytest.raises(CorruptWeightsError, match=r"converted weights of another checkpoint than .*; remove"):
         unet3d.load_videocrafter2(**PLACE)
-    shutil.rmtree(only_here / "VideoCrafter2")
+    shutil.rmtree(small_release / "VideoCrafter2")
     unet3d.load_videocrafter2(**PLACE)
 
 
-def test_an_interrupted_conversion_leaves_nothing_half_done(only_here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.save({"state_dict": checkpoint()}, only_here / "model.ckpt")
-    target = only_here / "VideoCrafter2" / "converted"
+def test_an_interrupted_conversion_leaves_nothing_half_done(
+    small_release: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save({"state_dict": checkpoint()}, small_release / "model.ckpt")
+    target = small_release / "VideoCrafter2" / "converted"
     with monkeypatch.context() as patch:
 
         def interrupt(*_: Any) -> None:
@@ -107,8 +104,8 @@ def test_an_interrupted_conversion_leaves_nothing_half_done(only_here: Path, mon
     assert lvdm.is_converted(target) and not killed.exists()
 
 
-def test_two_that_convert_at_once_share_one_result(only_here: Path) -> None:
-    file, target = only_here / "model.ckpt", only_here / "out" / "converted"
+def test_two_that_convert_at_once_share_one_result(small_release: Path) -> None:
+    file, target = small_release / "model.ckpt", small_release / "out" / "converted"
     torch.save({"state_dict": checkpoint()}, file)
     done: list[Path] = []
     both = [threading.Thread(target=lambda: done.append(lvdm.convert_file(file, target))) for _ in range(2)]
@@ -119,13 +116,13 @@ def test_two_that_convert_at_once_share_one_result(only_here: Path) -> None:
     assert done == [target, target] and lvdm.is_converted(target)
 
 
-def test_a_folder_that_may_not_be_written_to(only_here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_may_not_be_written_to(small_release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a shared disk, say: the converted weights then go to the user's cache, and are found there."""
-    torch.save({"state_dict": checkpoint()}, only_here / "model.ckpt")
+    torch.save({"state_dict": checkpoint()}, small_release / "model.ckpt")
     monkeypatch.setattr(os, "access", lambda place, mode: False)
     unet3d.load_videocrafter2(**PLACE)
-    assert not (only_here / "VideoCrafter2").exists()
-    (only_here / "model.ckpt").unlink()
+    assert not (small_release / "VideoCrafter2").exists()
+    (small_release / "model.ckpt").unlink()
     unet3d.load_videocrafter2(**PLACE)
 
 
@@ -164,8 +161,8 @@ def test_a_file_of_the_hubs_cache_carries_its_checksum_in_its_name(tmp_path: Pat
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "conditioning"])
-def test_a_flipped_bit_in_converted_weights_is_found(part: str, only_here: Path) -> None:
-    folder = lvdm.save_folders(lvdm.convert(checkpoint(), SIZES), only_here / "VideoCrafter2", SIZES)
+def test_a_flipped_bit_in_converted_weights_is_found(part: str, small_release: Path) -> None:
+    folder = lvdm.save_folders(lvdm.convert(checkpoint(), SIZES), small_release / "VideoCrafter2", SIZES)
     (file,) = (folder / part).glob("*.safetensors")
     flip_bit(file, -5)
     with pytest.raises(CorruptWeightsError) as caught:
@@ -173,8 +170,8 @@ def test_a_flipped_bit_in_converted_weights_is_found(part: str, only_here: Path)
     assert str(file) in str(caught.value) and "sha256" in str(caught.value)
 
 
-def test_a_changed_config_of_converted_weights_is_found(only_here: Path) -> None:
-    folder = lvdm.save_folders(lvdm.convert(checkpoint(), SIZES), only_here / "VideoCrafter2", SIZES)
+def test_a_changed_config_of_converted_weights_is_found(small_release: Path) -> None:
+    folder = lvdm.save_folders(lvdm.convert(checkpoint(), SIZES), small_release / "VideoCrafter2", SIZES)
     config = folder / "vae" / "config.json"
     config.write_text(config.read_text().replace("0.18215", "0.28215"))
     with pytest.raises(CorruptWeightsError, match=r"vae.config\.json .*sha256"):
@@ -218,10 +215,10 @@ def test_torch_archives_serve_where_there_are_no_safetensors(tmp_path: Path) -> 
         load_folder(AutoencoderKL, old, **PLACE)
 
 
-def test_zeroscope_is_read_from_its_own_folder(only_here: Path) -> None:
+def test_zeroscope_is_read_from_its_own_folder(small_release: Path) -> None:
     with pytest.warns(UserWarning, match="random weights"):
         made: Any = unet3d.load(unet3d.ZEROSCOPE, weights="random", scale="tiny", **PLACE)
-    folder = only_here / "cerspense" / "zeroscope_v2_576w"
+    folder = small_release / "cerspense" / "zeroscope_v2_576w"
     made.denoiser.save_pretrained(folder / "unet", safe_serialization=False)
     made.codec.vae.save_pretrained(folder / "vae", safe_serialization=False)
     made.text.encoder.config.save_pretrained(folder / "text_encoder")
