@@ -14,6 +14,7 @@ from vdm_env.errors import CorruptWeightsError
 from vdm_env.models import dit, unet3d
 from vdm_env.models.base import LatentVideoModel, ModelSpec, TokenTextEncoder, frozen
 from vdm_env.models.codec import FrameCodec
+from vdm_env.models.fast_path import fast
 from vdm_env.models.loading import load_folder
 from vdm_env.models.recompute import make_recomputable
 from vdm_env.schedule import FlowSchedule
@@ -80,7 +81,7 @@ def load(
     schedule = FlowSchedule(shift=2.0) if kind == "flow" else unet3d.SD_SCHEDULE
     return LatentVideoModel(
         spec=spec,
-        denoiser=denoiser,
+        denoiser=fast(denoiser),
         schedule=schedule,
         codec=FrameCodec(vae=vae),
         text=TokenTextEncoder(encoder=text, tokenize=_tokenizer(shared / "tokenizer")),

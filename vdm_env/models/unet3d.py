@@ -25,6 +25,7 @@ from vdm_env.models.base import Condition, LatentVideoModel, ModelSpec, TokenTex
 from vdm_env.models.checkpoint_files import read_checkpoint
 from vdm_env.models.codec import FrameCodec
 from vdm_env.models.conditioning import CONDITIONING_FPS, FpsTimeEmbedding, add_fps_embedding
+from vdm_env.models.fast_path import fast, shares_text
 from vdm_env.models.loading import load_folder
 from vdm_env.models.local_weights import UNWANTED, Published
 from vdm_env.models.recompute import make_recomputable
@@ -106,8 +107,14 @@ def call_unet3d(denoiser: nn.Module, x_t: Tensor, t: Tensor, condition: Conditio
     numbers = {name: value for name, value in condition.items() if name != "text"}
     if numbers and not isinstance(denoiser.time_embedding, FpsTimeEmbedding):
         raise ValueError(f"this network is conditioned on text alone, not on {sorted(numbers)}; leave them out")
-    text = condition["text"].to(dtype)
-    output = denoiser(x_t.to(dtype), t, encoder_hidden_states=text, timestep_cond=numbers or None, return_dict=False)[0]
+    output = denoiser(
+        x_t.to(dtype),
+        t,
+        encoder_hidden_states=condition["text"].to(dtype),
+        timestep_cond=numbers or None,
+        cross_attention_kwargs={"num_frames": x_t.shape[2]} if shares_text(denoiser) else None,
+        return_dict=False,
+    )[0]
     return output.to(x_t.dtype)
 
 
@@ -154,7 +161,7 @@ def build(
     make_recomputable(parts.unet)
     return LatentVideoModel(
         spec=spec,
-        denoiser=frozen(parts.unet.to(**place)),
+        denoiser=frozen(fast(parts.unet.to(**place))),
         schedule=schedule,
         codec=FrameCodec(vae=frozen(parts.vae.to(**place))),
         # Padding is id 0, as VideoCrafter2 and Stable Diffusion 2 were trained with.
