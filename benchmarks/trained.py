@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +14,7 @@ from benchmarks.options import BatchOptions, PolicyOptions, ProcessOptions, make
 from benchmarks.records import Run, read_run
 from benchmarks.runs import CONFIG
 
-Which = Literal["newest", "best"]
+Which = Literal["newest", "best"] | int
 _TASK = ("num_steps", "sampler", "noise_level", "guidance_scale", "num_frames")
 
 
@@ -39,14 +41,21 @@ def find(folder: str | Path, which: Which = "newest") -> Trained:
 
     Args:
         folder: of a run, of a checkpoint, of an export, or any with a PEFT adapter.
-        which: of a run's checkpoints.
+        which: of a run's checkpoints; an int is an update. Where the newest one is damaged, the one before it is taken,
+            which is said on standard error.
 
     Raises:
-        ValueError: the folder is nothing of that kind, or the run has no checkpoint.
+        ValueError: the folder is nothing of that kind, the run has no such checkpoint, or its files are not the ones
+            that were written.
     """
+    from algos.checkpoint import MANIFEST, verify
+
     folder = Path(folder)
     if (folder / "run.json").is_file():
         return _of_run(folder, which)
+    sealed = folder.parent if folder.name == "policy" else folder
+    if (sealed / MANIFEST).is_file():
+        verify(sealed)
     for place in (folder, folder / "policy"):
         if (place / "adapter_model.safetensors").is_file() or (place / "model.safetensors").is_file():
             return replace(_settings(folder), weights=place)
@@ -59,37 +68,71 @@ def find(folder: str | Path, which: Which = "newest") -> Trained:
 
 
 def _of_run(folder: Path, which: Which) -> Trained:
-    from algos.checkpoint_store import best_checkpoint, newest_checkpoint
+    from algos.checkpoint_store import chosen_checkpoint
 
     run = read_run(folder)
     try:
-        checkpoint = (best_checkpoint if which == "best" else newest_checkpoint)(folder)
+        checkpoint, damaged = chosen_checkpoint(folder, which)
     except FileNotFoundError as error:
         raise ValueError(str(error)) from error
+    for wrong in damaged:
+        print(f"{wrong}; taken is {checkpoint.name}", file=sys.stderr)
     found = replace(_settings(folder), weights=checkpoint / "policy", run=run, update=int(checkpoint.name))
     if found.env is None:  # a run of `algos.run` or of the demo, which wrote no config.yaml
         process = ProcessOptions(**{name: run.task[name] for name in _TASK if name in run.task})
-        process = replace(process, height=run.task.get("height_px"), width=run.task.get("width_px"))
+        interval = run.task.get("guidance_interval")
+        process = replace(
+            process,
+            height=run.task.get("height_px"),
+            width=run.task.get("width_px"),
+            guidance_interval=interval and (interval[0], math.inf if interval[1] is None else interval[1]),
+        )
         found = replace(found, env=run.task.get("env_id"), process=process)
     return found
 
 
 def _settings(folder: Path) -> Trained:
-    """What a folder's config.yaml says, if there is one; the device is this machine's choice."""
+    """What a folder's config.yaml says, if there is one.
+
+    Device, compilation and what becomes of the text encoder change no video and are this machine's choice.
+    """
     if not (folder / CONFIG).is_file():
         return Trained(weights=folder)
     config, _ = from_file(str(folder / CONFIG))
     level = config.evaluation.eval_noise_level
     noise = config.process.noise_level if level is None else level
-    process = replace(config.process, device="auto", noise_level=noise)
+    process = replace(config.process, device="auto", noise_level=noise, compile=None, free_text_encoder=None)
     return Trained(weights=folder, env=config.env, process=process, batch=config.batch)
 
 
 def merged(trained: ProcessOptions, given: ProcessOptions) -> ProcessOptions:
-    """The sampling of training, changed by the options that were given (those that are not the default)."""
-    default = ProcessOptions()
+    """The sampling of training, changed by the options that were given (those that are not None).
+
+    The device is this machine's choice. No guidance (a scale of 1) has no interval either.
+    """
     changes = {field.name: getattr(given, field.name) for field in fields(given)}
-    return replace(trained, **{name: value for name, value in changes.items() if value != getattr(default, name)})
+    if given.guidance_scale == 1.0:
+        trained = replace(trained, guidance_interval=None)
+    return replace(trained, **{name: value for name, value in changes.items() if value is not None})
+
+
+def environment(trained: Trained, given: str | None) -> str | None:
+    """The id of the environment to work in: the one that was given, or that of training; None where neither is known.
+
+    Raises:
+        ValueError: it has another model than the weights were trained on, or is no id.
+    """
+    if given is None or trained.env is None:
+        return given or trained.env
+    from vdm_env.registry import parse_id
+
+    asked, own = parse_id(given)[0], trained.env.removeprefix("vdm_env/").partition("-")[0]
+    if asked != own:
+        raise ValueError(
+            f"--env {given} has the model {asked}, and the weights in {trained.weights} were trained on {own} "
+            f"({trained.env}): leave --env out, or name an environment of {own}"
+        )
+    return given
 
 
 def load_policy(env: Any, weights: Path | None) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.arguments import one_line
+from benchmarks.configs import finite
 from benchmarks.evaluation import evaluators
 from benchmarks.plan import Arm, Benchmark, run_folder
 from benchmarks.settings import algorithm_config, keyword_settings
@@ -186,6 +187,7 @@ def build(arm: Arm, setup: Setup, seed: int, *, device: str = "cpu", strict: boo
     """
     import vdm_env
     from algos.zoo import recipe
+    from vdm_env.guidance import as_interval
 
     found = recipe(arm.algo)
     sampling = dict(SAMPLING if setup.sampling is None else setup.sampling)
@@ -195,9 +197,10 @@ def build(arm: Arm, setup: Setup, seed: int, *, device: str = "cpu", strict: boo
     )
     shown = {**sampling, **arm.env} if arm.evaluate_as_trained else sampling
     splits = (setup.split, *setup.further_splits)
-    guidance = shown.get("guidance_scale", env.model.spec.guidance_scale)
+    trained_with = policy.guidance_scale, policy.guidance_interval
+    guidance, interval = shown.get("guidance_scale", env.model.spec.guidance_scale), shown.get("guidance_interval")
     if arm.evaluate_as_trained:
-        guidance = policy.guidance_scale
+        guidance, interval = trained_with
     return Built(
         env=env,
         policy=policy,
@@ -208,7 +211,8 @@ def build(arm: Arm, setup: Setup, seed: int, *, device: str = "cpu", strict: boo
             num_prompts=setup.num_prompts,
             noise_seeds=setup.noise_seeds,
             heldout=setup.heldout,
-            guidance_scale=None if guidance == policy.guidance_scale else guidance,
+            guidance_scale=None if (guidance, as_interval(interval)) == trained_with else guidance,
+            guidance_interval=interval,
             num_envs=shown.get("num_envs", env.num_envs),
             **_as_planned(env, setup.env_id, shown, arm),
         ),
@@ -268,6 +272,7 @@ def describe(env: Any, held_out: Any, setup: Setup, command: str) -> dict[str, A
         "sampler": held_out.mdp.sampler,
         "noise_level": held_out.mdp.noise_level,
         "guidance_scale": held_out.config.guidance_scale,
+        "guidance_interval": finite(held_out.config.guidance_interval),  # no upper limit is null
         "num_envs": env.num_envs,
         "group_size": env.group_size,
         "prompts_train_sha256": env.prompts.sha256("train"),

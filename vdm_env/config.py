@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -10,16 +9,12 @@ from typing import Any
 
 import torch
 
+from vdm_env.compiled import CompileOptions
+from vdm_env.guidance import Interval, as_interval, check_guidance
 from vdm_env.models.base import VideoModel
 from vdm_env.prompts import PromptBook
 from vdm_env.rewards import RewardContext
 from vdm_env.rewards.base import FramePolicy, Reward
-
-
-def check_guidance(scale: float) -> None:
-    """Raises ValueError unless the guidance scale is a finite number."""
-    if not isinstance(scale, Real) or isinstance(scale, bool) or not math.isfinite(scale):
-        raise ValueError(f"guidance_scale={scale!r}: expected a finite number; 1.0 is no guidance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +41,10 @@ class EnvConfig:
     observe_embedding: bool = False
     context: RewardContext | None = None
     """what rewards given by name are built in"""
+    guidance_interval: Interval | None = None
+    """noise levels (lo, hi] at which policies are guided, see `vdm_env.guidance`; None: all"""
+    compile: CompileOptions | None = None
+    """how the network's blocks were compiled; None: they were not"""
 
     def __post_init__(self) -> None:
         for name in ("num_envs", "group_size", "num_steps"):
@@ -55,6 +54,7 @@ class EnvConfig:
         if not isinstance(self.seed, Integral):
             raise ValueError(f"seed={self.seed!r}: expected an int")
         check_guidance(self.guidance_scale)
+        object.__setattr__(self, "guidance_interval", as_interval(self.guidance_interval))
         levels = self.noise_level if isinstance(self.noise_level, Sequence) else [self.noise_level]
         if isinstance(levels, str) or not all(level is None or isinstance(level, Real) for level in levels):
             raise ValueError(f"noise_level={self.noise_level!r}: expected a number, or one for each denoising step")

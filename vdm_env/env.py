@@ -36,6 +36,7 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from vdm_env.config import EnvConfig
+from vdm_env.guidance import check_grid, check_some_guidance
 from vdm_env.mdp import DenoisingMDP
 from vdm_env.policy import DenoisingPolicy
 from vdm_env.rewards.base import as_reward
@@ -65,6 +66,8 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
         self.config = config
         self.render_mode = render_mode
         self.mdp = self._make_mdp(config)
+        grid = self.mdp.base_table.timesteps
+        check_grid(config.guidance_interval, config.guidance_scale, self.mdp.schedule, grid)
         self.num_envs, self.group_size, self.split = config.num_envs, config.group_size, config.split
         config.prompts.ids(config.split)  # an unknown or empty split is refused here
         self.model, self.prompts, self.device = config.model, config.prompts, self.mdp.device
@@ -306,7 +309,10 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
 
     def make_policy(self, **options: Any) -> DenoisingPolicy:
         """The model's denoiser with a LoRA of its own as a Gaussian policy; see `DenoisingPolicy`."""
-        options.setdefault("guidance_scale", self.config.guidance_scale)
+        scale = options.setdefault("guidance_scale", self.config.guidance_scale)
+        if "guidance_interval" in options:
+            check_some_guidance(options["guidance_interval"], scale)
+        options.setdefault("guidance_interval", self.config.guidance_interval)
         return DenoisingPolicy(self.mdp, **options)
 
     def derive(self, **changes: Any) -> DenoisingVectorEnv:
@@ -314,8 +320,8 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
 
         Args:
             changes: any of num_envs, group_size, num_steps, sampler, noise_level, split, decode_frames, reward, seed,
-                guidance_scale (of policies made from the new env), size, observe_embedding. A reward may be a name or
-                {name: weight} where `make` could build one by name.
+                guidance_scale and guidance_interval (of policies made from the new env), size, observe_embedding. A
+                reward may be a name or {name: weight} where `make` could build one by name.
         """
         known = {
             "num_envs",
@@ -328,10 +334,12 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
             "reward",
             "seed",
         }
-        known |= {"guidance_scale", "size", "observe_embedding"}
+        known |= {"guidance_scale", "guidance_interval", "size", "observe_embedding"}
         unknown = sorted(set(changes) - known)
         if unknown:
             raise ValueError(f"derive cannot change {unknown}; expected some of {sorted(known)}")
+        if changes.get("guidance_interval") is not None:
+            check_some_guidance(changes["guidance_interval"], changes.get("guidance_scale", self.config.guidance_scale))
         if changes.get("sampler", self.config.sampler) != self.config.sampler:
             changes.setdefault("noise_level", None)  # the other sampler's published one
         if isinstance(changes.get("reward"), str | Mapping):

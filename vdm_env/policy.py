@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vdm_env import noise
-from vdm_env.config import check_guidance
+from vdm_env.compiled import compile_copy
 from vdm_env.distribution import MeanNormal
 from vdm_env.errors import CorruptWeightsError
+from vdm_env.guidance import as_interval, check_guidance, inside
 from vdm_env.mdp import DenoisingMDP
 from vdm_env.memory import activations_in_main_memory
 from vdm_env.models.base import VideoModel
@@ -50,6 +51,8 @@ class DenoisingPolicy(nn.Module):
         lora_alpha: scale of the adapter, `lora_rank` if None (a factor of 1).
         lora_targets: endings of the linear layers' names; the model's own default if None.
         guidance_scale: classifier-free guidance w of `mean` and of sampling; 1 is none.
+        guidance_interval: noise levels (lo, hi] at which it acts, see `vdm_env.guidance`; None is all. A video at
+            another level costs one pass of the network instead of two.
         gradient_checkpointing: recompute the network in the backward pass instead of storing its activations.
         offload_activations: keep what is stored for the backward pass in main memory, see `vdm_env.memory`; with
             gradient_checkpointing that is each call's inputs.
@@ -68,6 +71,7 @@ class DenoisingPolicy(nn.Module):
         lora_alpha: float | None = None,
         lora_targets: Sequence[str] | None = None,
         guidance_scale: float = 1.0,
+        guidance_interval: Sequence[float] | None = None,
         gradient_checkpointing: bool = False,
         offload_activations: bool = False,
         seed: int = 0,
@@ -80,6 +84,7 @@ class DenoisingPolicy(nn.Module):
         check_guidance(guidance_scale)
         self._mdp = mdp
         self.guidance_scale = float(guidance_scale)
+        self.guidance_interval = as_interval(guidance_interval)
         self.gradient_checkpointing = gradient_checkpointing
         self.offload_activations = offload_activations
         self.lora_rank = lora_rank
@@ -113,6 +118,7 @@ class DenoisingPolicy(nn.Module):
             # The copy is trained; the model's own network stays what it was and serves as the reference.
             self._model = copy.copy(mdp.model)
             network = _without_adapters(copy.deepcopy(mdp.model.denoiser)).eval().requires_grad_(True)
+            compile_copy(mdp.model.denoiser, network)
             object.__setattr__(self._model, "denoiser", network)
 
     # ------------------------------------------------------------------ acting
@@ -127,22 +133,40 @@ class DenoisingPolicy(nn.Module):
         return MeanNormal(self.mean(obs), self._mdp.action_scale(obs))
 
     def mean(self, obs: Observation) -> Tensor:
-        """The guided output a_u + w (a_c - a_u), as one doubled batch; the conditional output alone for w = 1."""
+        """The guided output a_u + w (a_c - a_u), as one doubled batch; the conditional output alone for w = 1.
+
+        With a guidance interval the videos outside it have no second pass, whatever the others of the batch have.
+        """
         mdp, x, t = self._mdp, obs["latents"], obs["timestep"]
         x = self._scaled(x, t)
         condition = mdp.condition_of(obs)
         w = self.guidance_scale
         if w == 1.0:
             return self._network(x, t, condition)
-        empty = mdp.unconditional(len(x), condition)
+        rows = self._guided_rows(t)
+        if rows is not None and not len(rows):
+            return self._network(x, t, condition)
+        # Those that are guided come twice, first without their prompts.
+        x_u, t_u = (x, t) if rows is None else (x[rows], t[rows])
+        prompts = condition if rows is None else {name: values[rows] for name, values in condition.items()}
+        empty = mdp.unconditional(len(x_u), prompts)
         both = {name: torch.cat([empty[name], condition[name]]) for name in condition}
-        a_u, a_c = self._network(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        a_u, a_all = self._network(torch.cat([x_u, x]), torch.cat([t_u, t]), both).split([len(x_u), len(x)])
+        a_c = a_all if rows is None else a_all[rows]
         of_frames = getattr(mdp.model, "guidance", None)  # a model may have its own for every frame
         weight = w if of_frames is None else of_frames(w, x.shape[2]).to(x).view(-1, 1, 1)
         of_times = getattr(mdp.model, "guidance_at", None)  # or for every part of the process
         if of_times is not None:
-            weight = of_times(w, t).to(x).view(-1, 1, 1, 1, 1)
-        return a_u + weight * (a_c - a_u)
+            weight = of_times(w, t_u).to(x).view(-1, 1, 1, 1, 1)
+        guided = a_u + weight * (a_c - a_u)
+        return guided if rows is None else a_all.index_put((rows,), guided)
+
+    def _guided_rows(self, t: Tensor) -> Tensor | None:
+        """Places of the videos that the guidance interval holds; None for all of them."""
+        if self.guidance_interval is None:
+            return None
+        guided = inside(self._mdp.schedule, t, self.guidance_interval)
+        return None if bool(guided.all()) else guided.nonzero().flatten().to(t.device)
 
     def predict(self, x_t: Tensor, t: Tensor, prompt_ids: Tensor | Sequence[int]) -> Tensor:
         """Conditional network output without guidance, at any timesteps t [B]: what preference losses train on."""

@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 
+from vdm_env.compiled import CompileOptions, as_options, compile_blocks
 from vdm_env.config import EnvConfig
 from vdm_env.env import DenoisingVectorEnv
+from vdm_env.guidance import as_interval, check_some_guidance
 from vdm_env.gym import register_envs
 from vdm_env.images import ImageBook, ImageLike, as_image_book, default_images
 from vdm_env.memory import free_text_encoder as let_go_of_text_encoder
@@ -249,6 +251,7 @@ def make(
     sampler: str | None = None,
     noise_level: float | Sequence[float] | None = None,
     guidance_scale: float | None = None,
+    guidance_interval: Sequence[float] | None = None,
     split: str = "train",
     height: int | None = None,
     width: int | None = None,
@@ -264,6 +267,7 @@ def make(
     free_text_encoder: bool = False,
     tile_decoding: bool = False,
     decode_chunk: int | None = None,
+    compile: bool | str | Mapping[str, Any] | CompileOptions = False,
     render_mode: str | None = "rgb_array",
 ) -> Any:
     """Makes an environment by name, `make("MovingShapes-HPS", num_envs=4)`, or of your own objects.
@@ -285,6 +289,9 @@ def make(
         group_size: envs that share a prompt.
         num_steps, sampler, noise_level, guidance_scale: of the denoising process; the model's defaults if None.
             `noise_level` is eta of DDIM or a of a flow SDE, one number or one for each step.
+        guidance_interval: noise levels (lo, hi] at which policies are guided, such as (0.2, 5.0), in standard
+            deviations of the noise in relation to the clean latents'; the other steps cost half as much. All if None.
+            See `vdm_env.guidance`.
         split: which prompts resets draw from.
         height, width, num_frames: of the video, in pixels and frames; the model's if None.
         decode_frames: frames decoded for the reward ("all", "random1", "alternate", a number, indices); the reward's
@@ -301,6 +308,9 @@ def make(
             seams. Not every autoencoder can; a model object of your own goes on doing it.
         decode_chunk: frames decoded together by a decoder that looks across frames (SVD): less memory, differences at
             the borders of chunks. Other decoders take few frames at a time anyway, which changes nothing.
+        compile: compile the repeated blocks of the network with `torch.compile`: True, the name of a backend, or
+            fields of `vdm_env.compiled.CompileOptions`. The first calls of each batch size take longer; results differ
+            in rounding. Not everywhere faster: measure it. A model object of your own stays compiled.
         render_mode: as in Gymnasium.
 
     Raises:
@@ -317,6 +327,7 @@ def make(
         raise ValueError(
             f"weights={weights!r}, scale={scale!r}: expected 'pretrained' or 'random', and 'full' or 'tiny'"
         )
+    interval, compilation = as_interval(guidance_interval), as_options(compile)
     named_model, named_rewards = parse_id(id) if id is not None else (None, None)
     model = named_model if model is None else model
     reward = named_rewards if reward is None else reward
@@ -340,6 +351,10 @@ def make(
     if hasattr(network, "with_size"):  # Open-Sora's grid shift and positions depend on the size
         network = network.with_size(*size)
     network = _saving(network, tile_decoding, decode_chunk)
+    scale_of_guidance = spec.guidance_scale if guidance_scale is None else guidance_scale
+    check_some_guidance(interval, scale_of_guidance)
+    if compilation is not None:
+        compile_blocks(network.denoiser, compilation, device)
     if isinstance(reward, str):
         reward = {reward: 1.0}
     context = RewardContext(
@@ -371,7 +386,9 @@ def make(
         num_steps=spec.num_steps if num_steps is None else num_steps,
         sampler=spec.sampler if sampler is None else sampler,
         noise_level=spec.noise_level if noise_level is None and sampler in (None, spec.sampler) else noise_level,
-        guidance_scale=spec.guidance_scale if guidance_scale is None else guidance_scale,
+        guidance_scale=scale_of_guidance,
+        guidance_interval=interval,
+        compile=compilation,
         size=size,
         decode_frames=decode_frames,
         device=device,
@@ -419,10 +436,12 @@ def _check_place(device: torch.device | str, dtype: torch.dtype) -> None:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype!r}: expected torch.float32, bfloat16, float16 or float64")
     try:
-        torch.empty(0, device=device)
+        kind = torch.empty(0, device=device).device.type
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device={device!r} cannot be used here ({reason}); device='cpu' always works") from error
+    if kind == "meta":
+        raise ValueError(f"device={device!r} holds shapes without numbers, so nothing can be sampled there; take 'cpu'")
 
 
 def _world(name: str | None) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from benchmarks.arguments import one_line, parse, refuse
 from benchmarks.configs import finite
-from benchmarks.options import ProcessOptions
+from benchmarks.options import ProcessOptions, check_target, make_env, own_prompts
 
 PROGRAM = "vdm-env eval"
 
@@ -28,8 +28,8 @@ class EvalConfig:
     """folder of a run; environment and sampling are the run's unless options say otherwise"""
     lora: str | None = None
     """instead of --run: folder of a checkpoint, an export or a PEFT adapter; without both, the model alone"""
-    checkpoint: Literal["newest", "best"] = "newest"
-    """of a run's checkpoints; best: with the highest reward in an evaluation"""
+    checkpoint: Literal["newest", "best"] | int = "newest"
+    """of a run's checkpoints; best: with the highest reward in an evaluation; a number: of that update"""
     env: str | None = None
     """environment, <Model>-<Reward>; None: the run's"""
     split: Literal["train", "validation", "test"] = "test"
@@ -61,19 +61,24 @@ def main(arguments: Sequence[str]) -> int:
     try:
         from benchmarks.scores import table
 
-        found = measure(config, *parts)
-        out = Path(config.out or Path(config.run or ".") / "evaluation.json")
+        found, out = measure(config, *parts), target(config)
+        print(table(found), flush=True)  # before anything that could fail
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(finite(found), indent=1) + "\n", encoding="utf-8")
-        print(table(found), f"written to {out}", sep="\n")
+        print(f"written to {out}")
     except Exception as error:  # out of memory, a full disk
         print(f"{PROGRAM}: {one_line(error)}", file=sys.stderr)
         return 1
     return 0
 
 
-def prepare(config: EvalConfig) -> tuple[Any, Any, list[int], Any]:
-    """Environment, policy, prompt ids, and the environments of further rewards by name.
+def target(config: EvalConfig) -> Path:
+    """The file that is written."""
+    return Path(config.out or Path(config.run or ".") / "evaluation.json")
+
+
+def prepare(config: EvalConfig) -> tuple[Any, Any, list[int], Any, bool]:
+    """Environment, policy, prompt ids, the environments of further rewards by name, and if the model's are random.
 
     Raises:
         ValueError, TypeError, OSError: what was asked for is impossible, or pretrained weights are missing.
@@ -83,25 +88,30 @@ def prepare(config: EvalConfig) -> tuple[Any, Any, list[int], Any]:
     for name in ("num_prompts", "noise_seeds", "num_envs"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
-    from benchmarks.evaluation import spread
-    from benchmarks.options import make_env, own_prompts
-    from benchmarks.trained import Trained, find, load_policy, merged
+    from benchmarks.evaluation import check_captions, spread
+    from benchmarks.trained import Trained, environment, find, load_policy, merged
 
     folder = config.run or config.lora
     trained = Trained(weights=Path()) if folder is None else find(folder, config.checkpoint)
     if config.run is not None and trained.run is None:
         raise ValueError(f"{config.run} is no run: it holds no run.json (weights without a run go with --lora)")
-    env_id = config.env or trained.env
+    env_id = environment(trained, config.env)
     if env_id is None:
         raise ValueError("which environment? Give --env, such as --env MovingShapes-HPS, or --run with a run's folder")
+    check_target(target(config))
     given = {"num_envs": config.num_envs, "split": config.split, **own_prompts(trained.batch)}
-    env = make_env(env_id, merged(trained.process, config.process), **given)
+    process = merged(trained.process, config.process)
+    env = make_env(env_id, process, **given)
+    ids = spread(env.prompt_ids(config.split), config.num_prompts)
+    check_captions(env, ids)
     policy = load_policy(env, None if folder is None else trained.weights)
     scorers = {name: env.derive(reward=name) for name in dict.fromkeys(config.rewards)}
-    return env, policy, spread(env.prompt_ids(config.split), config.num_prompts), scorers
+    return env, policy, ids, scorers, process.weights == "random"
 
 
-def measure(config: EvalConfig, env: Any, policy: Any, prompt_ids: list[int], scorers: Any) -> dict[str, Any]:
+def measure(
+    config: EvalConfig, env: Any, policy: Any, prompt_ids: list[int], scorers: Any, random_weights: bool
+) -> dict[str, Any]:
     """Everything that evaluation.json says."""
     from benchmarks.scores import compare, score
     from benchmarks.trained import Untrained
@@ -122,8 +132,9 @@ def measure(config: EvalConfig, env: Any, policy: Any, prompt_ids: list[int], sc
         "sampler": mdp.sampler,
         "noise_level": mdp.noise_level,
         "guidance_scale": env.config.guidance_scale,
+        "guidance_interval": env.config.guidance_interval,
         "size": [mdp.num_frames, mdp.height, mdp.width],
-        "random_weights": config.process.weights == "random",
+        "random_weights": random_weights,
         "interval": f"95 % Student t over {len(prompt_ids)} prompts of one set of weights; it says nothing about seeds "
         "of training",
         "scores": compare(before, after),

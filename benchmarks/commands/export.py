@@ -15,7 +15,7 @@ from benchmarks.arguments import one_line, parse, refuse
 from benchmarks.options import ProcessOptions
 
 PROGRAM = "vdm-env export"
-_CARD_SAMPLING = ("num_steps", "sampler", "noise_level", "guidance_scale")
+_CARD_SAMPLING = ("num_steps", "sampler", "noise_level", "guidance_scale", "guidance_interval")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,8 +26,8 @@ class ExportConfig:
     """folder of the run"""
     out: str | None = None
     """folder to write; None: export in the run's folder"""
-    checkpoint: Literal["newest", "best"] = "newest"
-    """of the run's checkpoints; best: with the highest reward in an evaluation"""
+    checkpoint: Literal["newest", "best"] | int = "newest"
+    """of the run's checkpoints; best: with the highest reward in an evaluation; a number: of that update"""
     push_to: str | None = None
     """repository on the hub, user/name, to upload to with your own login (hf auth login); None: nothing is sent"""
     public: bool = False
