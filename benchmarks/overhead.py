@@ -5,6 +5,9 @@
 Both sides run in the same process, in turn, with the same latents and noise; the figure is the median over repeats of
 the ratio of the two sampling times, without decoding and scoring (which both would do alike). Process CPU time is
 reported beside wall time.
+
+`metering_us` is what a run's meter costs beside: microseconds of an update that does nothing, with its train phase and
+its row of `train.jsonl`, the median over blocks of updates.
 """
 
 from __future__ import annotations
@@ -21,7 +24,12 @@ import tyro
 from torch import Tensor
 
 import vdm_env
+from algos.flops import Flops
+from algos.meter import Meter
 from vdm_env import noise
+
+METERED = 200
+"""Empty updates in a block"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +80,20 @@ def timed(run: Callable[[], Tensor]) -> tuple[float, float, Tensor]:
     return time.perf_counter() - wall, time.process_time() - cpu, result
 
 
+def metering_seconds(meter: Meter, blocks: int, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds of one metered update that does nothing, the median over blocks of `METERED`; one before warms up."""
+    times = []
+    for _ in range(blocks + 1):
+        started = clock()
+        for update in range(METERED):
+            with meter.phase("train"):
+                pass
+            meter.measure_flops()
+            meter.row(update, {})
+        times.append((clock() - started) / METERED)
+    return statistics.median(times[1:])
+
+
 @torch.no_grad()
 def measure(name: str, config: Config) -> dict[str, object]:
     """One model's row."""
@@ -91,6 +113,7 @@ def measure(name: str, config: Config) -> dict[str, object]:
             raise RuntimeError("the two loops disagree; the comparison would be meaningless")
         if repeat:  # the first pair warms up
             rows.append((env_wall - outcome_s, env_cpu - outcome_s, bare_wall, bare_cpu))
+    meter = Meter(counters=env.mdp.counters, device=env.device, flops=Flops(env=env, policy=policy))
     return {
         "model": name,
         "num_envs": config.num_envs,
@@ -100,6 +123,7 @@ def measure(name: str, config: Config) -> dict[str, object]:
         "env_s": round(statistics.median(r[0] for r in rows), 4),
         "overhead_wall_percent": round(100 * (statistics.median(r[0] / r[2] for r in rows) - 1), 2),
         "overhead_cpu_percent": round(100 * (statistics.median(r[1] / r[3] for r in rows) - 1), 2),
+        "metering_us": round(1e6 * metering_seconds(meter, config.repeats), 1),
         "repeats": config.repeats,
         "threads": config.num_threads,
     }
