@@ -66,7 +66,8 @@ def heldout_rewards(env: Any, names: Iterable[str]) -> dict[str, Reward]:
         ValueError: an unknown name.
         MissingWeightsError: pretrained weights that are not on this machine.
     """
-    return {name: env.derive(reward=name).mdp.reward for name in names}
+    # With its own frames: those that the env decodes for its reward need not be enough for this one.
+    return {name: env.derive(reward=name, decode_frames=None).mdp.reward for name in names}
 
 
 def frames_for(policy: FramePolicy, video: Tensor, video_seeds: Iterable[int]) -> Tensor:

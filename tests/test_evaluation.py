@@ -155,3 +155,10 @@ def test_the_embedded_world_has_features_and_heldout_rewards():
     first, second = features(video), features(video)
     assert first.ndim == 2 and len(first) == 2 and torch.equal(first, second) and not first.requires_grad
     assert algos.default_features(gaussian_env()) is None
+
+
+def test_a_heldout_reward_may_want_more_frames_than_the_env_decodes():
+    env = vdm_env.make("MovingShapes-HPS", num_envs=1, num_steps=1, decode_frames="random1")
+    with pytest.raises(ValueError, match="looks at 8 frames"):
+        env.derive(reward="Action")
+    assert algos.heldout_rewards(env, ["Action"])["Action"](torch.rand(1, 8, 3, 32, 32), [env.prompts[0]]).shape == (1,)
