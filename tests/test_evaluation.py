@@ -158,6 +158,8 @@ def test_the_embedded_world_has_features_and_heldout_rewards():
 
 
 def test_a_heldout_reward_may_want_more_frames_than_the_env_decodes():
+    import vdm_env
+
     env = vdm_env.make("MovingShapes-HPS", num_envs=1, num_steps=1, decode_frames="random1")
     with pytest.raises(ValueError, match="looks at 8 frames"):
         env.derive(reward="Action")
