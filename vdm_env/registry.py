@@ -238,6 +238,30 @@ def make_reward(
     return build_reward(terms, own, chosen)
 
 
+def load_model(
+    name: str,
+    *,
+    weights: str = "pretrained",
+    scale: str = "full",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> VideoModel:
+    """The video model of an environment, without the environment.
+
+    Args:
+        name: of `list_models()`.
+        weights, scale, dtype, seed: as in `make`.
+        device: as in `make`, or with random weights "meta": shapes without numbers, to count with.
+
+    Raises:
+        ValueError: an unknown name.
+        MissingWeightsError, CorruptWeightsError: pretrained weights that are not on this machine, or damaged.
+    """
+    entry = _lookup("model", name, _models())
+    return entry.load(weights=weights, scale=scale, device=device, dtype=dtype, seed=seed)
+
+
 def make(
     id: str | None = None,
     *,
@@ -336,12 +360,11 @@ def make(
     model_name = model if isinstance(model, str) else model.spec.name
     network: VideoModel
     if isinstance(model, str):
-        entry = _lookup("model", model, _models())
         if scale == "tiny" and weights == "pretrained":
             raise ValueError(
                 f"scale='tiny' has no pretrained weights; use make({id or model!r}, weights='random', scale='tiny')"
             )
-        network = entry.load(weights=weights, scale=scale, device=device, dtype=dtype, seed=seed)
+        network = load_model(model, weights=weights, scale=scale, device=device, dtype=dtype, seed=seed)
     else:
         network = model
     spec = network.spec

@@ -31,6 +31,7 @@ from vdm_env.models.opensora_weights import read_json
 from vdm_env.models.parts import PipelineModel, network_type
 from vdm_env.models.releases import UNCONFIRMED, find_release, placed, release
 from vdm_env.models.unet3d import seeded
+from vdm_env.models.visiting import resting_place
 from vdm_env.schedule import VPSchedule, linear_alphas_cumprod
 
 MAX_FRAMES = 32
@@ -150,7 +151,9 @@ def load(
         schedule=SCHEDULE,
         codec=FrameCodec(vae=parts["vae"]),
         # Stable Diffusion 1.5 pads with the end token, where OpenCLIP's tokenizer pads with 0.
-        text=TokenTextEncoder(encoder=parts["text_encoder"].to("cpu"), tokenize=tokenize, device=torch.device(device)),
+        text=TokenTextEncoder(
+            encoder=parts["text_encoder"].to(resting_place(device)), tokenize=tokenize, device=torch.device(device)
+        ),
         call=call_animatediff,
     )
 

@@ -27,6 +27,7 @@ from vdm_env.models.codec import tile_decoding
 from vdm_env.models.opensora_vae import SPATIAL_STRIDE, OpenSoraVAE, TemporalVAEConfig, VideoVAEConfig
 from vdm_env.models.opensora_weights import NAME, T5Text, byte_tokenizer, find_release, read_stdit3, read_text, read_vae
 from vdm_env.models.stdit3 import STDiT3, STDiT3Config, exact
+from vdm_env.models.visiting import resting_place
 from vdm_env.schedule import FlowSchedule, opensora_shift
 
 MIN_FRAMES, MAX_FRAMES = 17, 408
@@ -258,7 +259,11 @@ def _random(tiny: bool) -> tuple[STDiT3, OpenSoraVAE, T5Text]:
     encoder = T5EncoderModel(T5Config(**text, feed_forward_proj="gated-gelu", use_cache=False))
     device = encoder.device
     tokenize = byte_tokenizer(config.model_max_length)
-    return STDiT3(config), OpenSoraVAE(vae), T5Text(encoder=encoder.to("cpu"), tokenize=tokenize, device=device)
+    return (
+        STDiT3(config),
+        OpenSoraVAE(vae),
+        T5Text(encoder=encoder.to(resting_place(device)), tokenize=tokenize, device=device),
+    )
 
 
 def _pretrained(device: torch.device, dtype: torch.dtype) -> tuple[STDiT3, OpenSoraVAE, T5Text]:

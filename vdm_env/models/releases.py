@@ -18,6 +18,7 @@ from vdm_env.models.loading import load_folder
 from vdm_env.models.local_weights import Published
 from vdm_env.models.opensora_weights import Tokenize, byte_tokenizer, hub_tokenizer, read_json
 from vdm_env.models.unet3d import seeded
+from vdm_env.models.visiting import resting_place
 
 UNCONFIRMED = "not confirmed here, see the repository's page before anything but research"
 
@@ -129,7 +130,7 @@ def load_parts(
     """
 
     def home(part: str) -> torch.device | str:
-        return "cpu" if part.startswith("text_encoder") else device
+        return resting_place(device) if part.startswith("text_encoder") else device
 
     if weights == "pretrained":
         folder = find_release(wanted)

@@ -29,6 +29,7 @@ from vdm_env.models.fast_path import fast, shares_text
 from vdm_env.models.loading import load_folder
 from vdm_env.models.local_weights import UNWANTED, Published
 from vdm_env.models.recompute import make_recomputable
+from vdm_env.models.visiting import resting_place
 from vdm_env.schedule import VPSchedule, latent_scale_lvdm, scaled_linear_alphas_cumprod
 from vdm_env.weights_folder import home_to_write
 
@@ -166,7 +167,7 @@ def build(
         codec=FrameCodec(vae=frozen(parts.vae.to(**place))),
         # Padding is id 0, as VideoCrafter2 and Stable Diffusion 2 were trained with.
         text=TextWithNumbers(
-            encoder=frozen(parts.text.to("cpu", dtype)),
+            encoder=frozen(parts.text.to(resting_place(device), dtype)),
             tokenize=open_clip.get_tokenizer("ViT-H-14", context_length=parts.text.config.max_position_embeddings),
             device=torch.device(device),
             numbers=numbers or {},

@@ -13,6 +13,11 @@ _VISITORS: WeakSet[nn.Module] = WeakSet()
 """Encoders that are on their device for now."""
 
 
+def resting_place(device: torch.device | str) -> str:
+    """Where an encoder of a model on this device rests: main memory, or nowhere if the model has shapes alone."""
+    return "meta" if torch.device(device).type == "meta" else "cpu"
+
+
 @contextmanager
 def visiting(encoder: nn.Module, device: torch.device) -> Iterator[None]:
     """Inside, the encoder is on the device; afterwards it rests in main memory again.
@@ -28,4 +33,4 @@ def visiting(encoder: nn.Module, device: torch.device) -> Iterator[None]:
         yield
     finally:
         _VISITORS.discard(encoder)
-        encoder.to("cpu")
+        encoder.to(resting_place(device))
