@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 _UNITS = {"s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
 
 
 def seconds(text: str | float) -> float:
-    """Seconds of a duration: "90s", "2min", "1.5h", or a number of seconds.
+    """Seconds of a duration: "90s", "2min", "1.5h", "5e-2s", or a number of seconds.
 
     Raises:
-        ValueError: anything else, or nothing positive.
+        ValueError: anything else, nothing positive, or what is not finite.
     """
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([a-z]*)\s*", str(text))
+    match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([a-z]*)\s*", str(text))
     try:
         value = float(match[1]) * _UNITS[match[2] or "s"] if match else 0.0
     except (KeyError, ValueError):
         value = 0.0
-    if value <= 0:
+    if not 0 < value < math.inf:
         raise ValueError(f"{text!r} is no duration: write a positive number and s, min or h, such as '90s' or '2min'")
     return value
 

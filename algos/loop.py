@@ -13,7 +13,8 @@ from algos.budget import Schedule
 from algos.checkpoint_store import CheckpointStore
 from algos.distributed import PeerError, Ranks
 from algos.evaluate import GOLD, PROXY, Evaluation, Evaluator
-from algos.meter import Meter, finite
+from algos.measures import KL
+from algos.meter import Meter, number
 from algos.out_of_memory import Before, half, is_out_of_memory, set_micro_batch
 from algos.progress import Progress, Stop
 from algos.random_state import get_random_state, set_random_state
@@ -70,6 +71,8 @@ class Loop:
     """updates that were given up because of a gradient or loss that is not finite"""
     skipped_in_row: int = 0
     scores: dict[str, float] = field(default_factory=dict)
+    kl: float = math.nan
+    """to the reference, in nats, in the last evaluation; NaN where it was not measured"""
     alarmed: bool = False
     """whether the alarm has ended the run"""
     halvings: list[dict[str, int]] = field(default_factory=list)
@@ -117,7 +120,7 @@ class Loop:
         row = self.meter.row(self.update, {"skipped_updates": self.skipped, **metrics})
         self._append("train.jsonl", [row])
         self.watchers.tell("train", row)
-        self.bar.show(row, self.scores)
+        self.bar.show(row, self._shown())
         due = self.schedule(self.update, self.meter.device_s)
         self.evaluation_due = due or bool(self._ended())
         every = self.checkpoint_every
@@ -140,12 +143,18 @@ class Loop:
         """The algorithm's metrics; none if the update was given up for a gradient that is not finite.
 
         Raises:
+            TypeError: `update()` returned no mapping, or a loss that is no number.
             FloatingPointError: more than `skip_nonfinite` updates in a row.
             OutOfMemoryError: see there.
         """
         try:
             metrics = self._update_in_memory()
-            if not self.skip_nonfinite or finite(metrics.get("loss", 0.0)) is not None:
+            if not isinstance(metrics, Mapping):
+                raise TypeError(
+                    f"{type(self.algorithm).__name__}.update() returned {type(metrics).__name__}, expected a mapping "
+                    'of numbers, such as {"reward_mean": 0.3}, which may be empty'
+                )
+            if not self.skip_nonfinite or number("loss", metrics.get("loss", 0.0)) is not None:
                 self.skipped_in_row = 0
                 return metrics
             problem = f"update() returned loss={float(metrics['loss'])}"
@@ -255,8 +264,13 @@ class Loop:
         self.evaluation_due, self.evaluated_at = False, self.update
         names = {row["reward"] for row in found.rows} & {PROXY, GOLD}
         self.scores = {name: found.mean(name) for name in sorted(names, reverse=True)}
-        self.bar.evaluated(self.update, self.scores)
+        self.kl = found.mean(KL)
+        self.bar.evaluated(self.update, self._shown())
         self._keep_best(self.scores.get(PROXY, math.nan))
+
+    def _shown(self) -> dict[str, float]:
+        """The last evaluation's scores, and its KL to the reference where it was measured."""
+        return self.scores if math.isnan(self.kl) else {**self.scores, "kl": self.kl}
 
     def _fps(self) -> float:
         spec = getattr(getattr(self.env, "model", None), "spec", None)
@@ -308,6 +322,7 @@ class Loop:
                 "skipped": self.skipped,
                 "skipped_in_row": self.skipped_in_row,
                 "scores": self.scores,
+                "kl": self.kl,
                 "alarmed": self.alarmed,
                 "halvings": self.halvings,
                 "algorithm": self.algorithm.state_dict(),
@@ -342,6 +357,7 @@ class Loop:
         self.schedule.next = float(state["next_evaluation"])
         self.skipped, self.skipped_in_row = int(state["skipped"]), int(state["skipped_in_row"])
         self.scores, self.alarmed = dict(state["scores"]), bool(state["alarmed"])
+        self.kl = float(state.get("kl", math.nan))
 
     def finish(self, name: str, reason: str) -> None:
         """Writes DONE, INTERRUPTED or FAILED with the last counts, those of a dropped update included."""

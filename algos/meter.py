@@ -12,11 +12,12 @@ are those of the first process, and a phase is over when all have ended it. Memo
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +73,20 @@ def finite(value: Any) -> float | int | None:
         return int(value)
     number = float(value)
     return number if abs(number) < float("inf") else None
+
+
+def number(name: str, value: Any) -> float | int | None:
+    """`finite` of a metric of that name.
+
+    Raises:
+        TypeError: it is no number, or more than one; the message names it.
+    """
+    shape = tuple(getattr(value, "shape", ()))
+    if not isinstance(value, str | bytes) and math.prod(shape) == 1:
+        with suppress(TypeError, ValueError):
+            return finite(value)
+    found = f"{type(value).__name__} of shape {list(shape)}" if shape else f"{value!r}"
+    raise TypeError(f"update() returned {name} = {found}, expected one number; return its mean, or leave it out")
 
 
 def _of_all(spent: Mapping[str, float]) -> dict[str, float]:
@@ -162,12 +177,19 @@ class Meter:
             spent |= {"wall": self.clock() - start, "cpu": self.cpu_clock() - cpu_start}
             if whole:  # the others may not come here otherwise
                 spent = _of_all(spent)
+            if name == "eval" and torch.device(self.device).type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)  # the next row is about training
             self.seconds[name] += spent.pop("wall")
             cpu = spent.pop("cpu")
             if name == "train":
                 self.cpu_s += cpu
                 for key, value in spent.items():
                     self.totals[key] += value
+
+    def add_setup(self, seconds: float) -> None:
+        """Adds set-up that was done before this meter, or before a state was loaded, to set-up and to the whole."""
+        self.seconds["setup"] += seconds
+        self._wall_before += seconds
 
     def measure_flops(self) -> str:
         """Measures, in the setup phase, what calls that were made in training cost and is not known yet.
@@ -193,11 +215,14 @@ class Meter:
     def row(self, update: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """One row of `train.jsonl`: cumulative costs, peak memory since the last row, and the metrics of an update.
 
+        Memory of a GPU is that since the last row or evaluation; `peak_rss_gib` is the process's since its start.
+
         Args:
             update: optimiser updates so far.
             metrics: what `algorithm.update()` returned; NaN and infinities become null and are counted.
 
         Raises:
+            TypeError: a metric is no number.
             ValueError: a metric carries the name of one of the meter's own columns.
         """
         clash = sorted(RESERVED & metrics.keys())
@@ -205,7 +230,7 @@ class Meter:
             raise ValueError(
                 f"update() returned {', '.join(clash)}: the meter writes these itself, rename or drop them"
             )
-        values = {name: finite(value) for name, value in metrics.items()}
+        values = {name: number(name, value) for name, value in metrics.items()}
         self.nan_values += sum(value is None for value in values.values())
         return {
             "update": update,

@@ -57,7 +57,7 @@ class Progress:
 
         Reward, KL to the reference (where the algorithm reports it), videos sampled per second of training since the
         last update that was shown, peak memory since then (of the GPU, otherwise of the process), and the last
-        evaluation's scores.
+        evaluation's scores, "eval kl" among them where it measured the KL.
 
         Args:
             row: of train.jsonl.

@@ -15,13 +15,27 @@ from typing import Any
 import torch
 
 from algos.meter import finite
+from vdm_env.rewards.remote import remote_parts
 
 _PACKAGES = ("numpy", "gymnasium", "diffusers", "transformers", "peft", "safetensors", "torchrl")
 
 
-def provenance(device: torch.device | str) -> dict[str, Any]:
-    """The part of `run.json` that the machine and the software determine; unknown values are None."""
+def provenance(
+    device: torch.device | str, *, processes: int = 1, reward: Any = None, reward_devices: int | None = None
+) -> dict[str, Any]:
+    """The part of `run.json` that the machine and the software determine; unknown values are None.
+
+    Args:
+        device: of the policy.
+        processes: that train together, each on a device of its own.
+        reward: trained on.
+        reward_devices: accelerators that only serve it; None: what it says, see `vdm_env.rewards.remote.remote_parts`.
+    """
     device = torch.device(device)
+    remote = remote_parts(reward)
+    silent = [str(part.name) for part in remote if part.devices is None] if reward_devices is None else []
+    if reward_devices is None:
+        reward_devices = sum(int(part.devices or 0) for part in remote)
     commit = _git("rev-parse", "HEAD")
     return {
         "git_commit": commit,
@@ -34,11 +48,19 @@ def provenance(device: torch.device | str) -> dict[str, Any]:
         "gpu_name": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "cpu_name": _cpu_name(),
         "cpu_threads": torch.get_num_threads(),
-        "num_gpus_policy": int(device.type == "cuda"),
-        "num_gpus_reward": 0,
+        "num_gpus_policy": processes if device.type == "cuda" else 0,
+        "num_gpus_reward": reward_devices,
+        **({"remote_rewards": [str(part.name) for part in remote]} if remote else {}),
+        **({"reward_devices_note": _NOT_SAID.format(", ".join(silent))} if silent else {}),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "started_utc": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
+
+
+_NOT_SAID = (
+    "The server of {} does not say how many accelerators it holds: none of them is counted in the cost; "
+    "give run(reward_devices=...)."
+)
 
 
 def _git(*arguments: str) -> str | None:

@@ -112,6 +112,7 @@ def run(
     env: Any = None,
     policy: Any = None,
     setup_s: float = 0.0,
+    reward_devices: int | None = None,
     fresh: bool = False,
     resume: bool | Literal["auto"] = False,
     progress: bool = True,
@@ -160,6 +161,10 @@ def run(
         policy: the policy, if the algorithm has no attribute `policy`; checkpoints need its `save(folder)`, resuming
             its `load(folder)`.
         setup_s: seconds the caller spent on building these.
+        reward_devices: accelerators that only serve rewards, which a run on a GPU holds and pays for too. None: what
+            the reward's attribute `devices` says, and that of each part of a sum; a `RemoteReward` has it from its
+            server. Give 0 where that server works on the policy's own GPU, and one number for several servers of one
+            GPU. On a CPU they are written down, and cost nothing.
         fresh: remove an earlier run in `out` first.
         resume: True: continue the run in `out`, to which the algorithm was built as if it were new; "auto": continue
             it if there is one, otherwise begin. A run that is done is left as it is, and its result returned.
@@ -185,6 +190,7 @@ def run(
         ("checkpoint_every", checkpoint_every, 0),
         ("keep_checkpoints", keep_checkpoints, 1),
         ("skip_nonfinite", skip_nonfinite, 0),
+        ("reward_devices", reward_devices, 0),
     ):
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -206,7 +212,10 @@ def run(
         )
     told = make_watchers(watch)
     flops = Flops(env=env, policy=policy)
-    meter = Meter(counters=env.mdp.counters, device=env.device, num_devices=ranks.world, flops=flops)
+    reward = getattr(env.mdp, "reward", None)
+    machine = provenance(env.device, processes=ranks.world, reward=reward, reward_devices=reward_devices)
+    num_devices = ranks.world + machine["num_gpus_reward"]
+    meter = Meter(counters=env.mdp.counters, device=env.device, num_devices=num_devices, flops=flops)
     about = {
         "schema_version": SCHEMA_VERSION,
         "algo": algo or type(algorithm).__name__.lower(),
@@ -219,7 +228,7 @@ def run(
         "budget_updates": updates,
         "eval_every": str(schedule),
         "dtype": str(getattr(env.mdp, "dtype", None)).removeprefix("torch."),
-        **provenance(env.device),
+        **machine,
     }
     about["run_id"] = f"{about['algo']}-seed{seed}-{about['started_utc']}"
     if alarm is not None and alarm.stop:
@@ -275,7 +284,7 @@ def run(
                     remove_run(folder)
                 replace_json(folder / "run.json", about)
         resumed_from = None if old is None else loop.update
-        meter.seconds["setup"] += setup_s
+        meter.add_setup(setup_s)
         if loop.watchers:
             loop.watchers.tell("begin", folder, read_json(folder / "run.json"), loop.update, loop.evaluated_at)
         try:

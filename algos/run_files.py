@@ -26,6 +26,7 @@ a crash before begins anew when it is resumed, and files without `run.json` are 
 # What must agree for a run to be continued. Of the task, what only describes the run may change.
 _SAME = (
     "algo", "config", "task", "seed", "env", "budget_device_s", "budget_updates", "eval_every", "dtype", "stops_at",
+    "num_gpus_reward",
 )  # fmt: skip
 _TOLD = ("task.command", "task.question", "task.limits")
 
@@ -196,13 +197,16 @@ def remove_run(folder: Path) -> None:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """In what two `run.json` are different runs: "config.learning_rate: 0.1 there, 0.2 given"."""
+    """In what two `run.json` are different runs: "config.learning_rate: 0.1 there, 0.2 given".
+
+    What is not there counts as None, which is what an optional field is that an older `run.json` does not know.
+    """
     there, given = (_flat({name: about.get(name) for name in _SAME}) for about in (old, new))
     keys = [key for key in {**there, **given} if key not in _TOLD]
     return [
         f"{key}: {there.get(key, 'absent')!r} there, {given.get(key, 'absent')!r} given"
         for key in keys
-        if there.get(key, "absent") != given.get(key, "absent")
+        if there.get(key) != given.get(key)
     ]
 
 

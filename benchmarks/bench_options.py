@@ -160,8 +160,19 @@ def with_settings(given: Sequence[Arm], texts: Sequence[str]) -> list[Arm]:
     return found
 
 
+def _optimised(benchmark: Benchmark) -> dict[str, str]:
+    """{reward: who optimises it}: the terms of the environment's reward, and of those that arms have instead."""
+    from vdm_env.registry import parse_id
+
+    found = dict.fromkeys(parse_id(benchmark.env_id)[1], benchmark.env_id)
+    for owner, options in [(benchmark.env_id, benchmark.sampling), *((arm.label, arm.env) for arm in benchmark.arms)]:
+        reward = (options or {}).get("reward", ())
+        found |= dict.fromkeys([reward] if isinstance(reward, str) else reward, owner)
+    return found
+
+
 def _check_names(benchmark: Benchmark) -> None:
-    """Refuses an unknown environment, reward or setting, without building anything.
+    """Refuses an unknown environment, reward or setting, and a held-out reward that is optimised, building nothing.
 
     Raises:
         ValueError: see there.
@@ -172,8 +183,13 @@ def _check_names(benchmark: Benchmark) -> None:
     from vdm_env.registry import parse_id, parse_rewards
 
     model, _ = parse_id(benchmark.env_id)
+    optimised = _optimised(benchmark)
     for name in benchmark.heldout:
         parse_rewards(name, name)
+        if name in optimised:
+            raise ValueError(
+                f"--heldout {name}: {optimised[name]} optimises this reward, so it is not held out; leave it out"
+            )
     if benchmark.budget is not None:
         seconds(benchmark.budget)
     for split in benchmark.splits:

@@ -28,7 +28,8 @@ def bar_plates(view: View) -> Iterator[Plate]:
     if memory:
         yield Plate(
             "peak_memory", "Peak memory", "The largest use of memory in training, of any seed. "
-            + ("Of the graphics card." if view.runs[0].about.get("gpu_name") else "Of the process, in main memory."),
+            + ("Of the graphics card, without evaluations." if view.runs[0].about.get("gpu_name") else
+               "Of the process, in main memory, with set-up and evaluations."),
             lambda size: charts.bars(memory, x_label="GiB", size=size),
             ["algorithm", "memory", "peak_gib"],
             [[algo, part, value] for algo, parts in memory.items() for part, value in parts.items()],
@@ -57,7 +58,7 @@ def _phases(view: View) -> Plate:
 
 
 def peak_gib(runs: Sequence[Run]) -> float | None:
-    """The largest memory any of the runs held: of the graphics card where there is one, else of the process."""
+    """The largest memory any of the runs held: in training of the graphics card, where there is none of the process."""
     name = "peak_allocated_gib" if runs[0].about.get("gpu_name") else "peak_rss_gib"
     found = [row[name] for run in runs for row in run.train if row.get(name) is not None]
     return max(found, default=None)

@@ -56,9 +56,10 @@ def _commit(run: Run) -> str:
 
 def _counted(run: Run) -> str:
     if run.about.get("gpu_name"):
+        policy, reward = (int(run.about.get(f"num_gpus_{part}") or 0) for part in ("policy", "reward"))
         return (
-            "seconds of rollout, decoding, reward and update times the graphics cards held, those included that only "
-            "serve rewards; evaluation, set-up and checkpoints are apart"
+            f"seconds of rollout, decoding, reward and update times the graphics cards held, {policy or 1} to train "
+            f"and {reward} that only serve rewards; evaluation, set-up and checkpoints are apart"
         )
     kind = "CPU-seconds" if any("train_s" in row for row in run.train[-1:]) else "seconds"
     return f"{kind} of rollout, decoding, reward and update; evaluation, set-up and checkpoints are apart"
@@ -75,6 +76,12 @@ def _budget(about: dict[str, object]) -> str:
 def limits(runs: Sequence[Run], summaries: Sequence[Summary], plan: Mapping[str, Any] | None = None) -> list[str]:
     """What these runs do not show."""
     found = list(dict.fromkeys([*((plan or {}).get("limits") or ()), *runs[0].task.get("limits", [])]))
+    remote = sorted({str(name) for run in runs for name in run.about.get("remote_rewards") or ()})
+    if remote and not runs[0].about.get("gpu_name"):
+        found.append(
+            f"{', '.join(remote)}: scored by a server, whose CPU-seconds or graphics cards are in no cost given here."
+        )
+    found += dict.fromkeys(str(note) for run in runs if (note := run.about.get("reward_devices_note")))
     few: dict[str, list[str]] = {}
     for summary in summaries:
         change = summary.changes.get(PROXY)

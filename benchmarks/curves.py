@@ -8,7 +8,7 @@ The sampling of `make demo` (5 steps, no guidance) and the algorithms' presets, 
 one for each seed: reward and gold score before and after, paired over prompts and noise; `table.csv` and `table.md` one
 for each algorithm, with 95 % intervals over seeds. The same command again goes on where it was stopped: finished seeds
 stay, and a seed that was broken off continues from its last checkpoint (with a budget in updates, as if it had never
-been stopped).
+been stopped). With other settings than those of the runs that are there it trains nothing, and says what differs.
 
 A budget in updates gives the same videos and rewards on a busy machine as on an idle one; `cpu_s` are the CPU-seconds
 of training, which other work on the machine hardly changes.
@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Literal
 
 from benchmarks.arguments import one_line, parse
-from benchmarks.plan import run_folder
+from benchmarks.plan import Arm, Benchmark, run_folder
+from benchmarks.records import json_object
 from benchmarks.report import write_report
 from benchmarks.settings import overrides
 from benchmarks.training import ENV_ID, Setup, SetupError, train
@@ -108,8 +109,67 @@ def _check(config: CurvesConfig) -> None:
         raise ValueError(f"--seeds must be different numbers from 0 on, got {' '.join(map(str, config.seeds))}")
 
 
-def curves(config: CurvesConfig) -> int:
+def _done(config: CurvesConfig) -> set[int]:
+    """The seeds whose run is done, without building anything.
+
+    Raises:
+        ValueError: the run of a seed is another one than the one asked for; the message names what differs.
+    """
+    found = set()
+    for seed in config.seeds:
+        folder = _folder(config, seed)
+        if (folder / "run.json").exists():
+            if keys := _differing(config, seed, folder):
+                raise ValueError(
+                    f"{folder} holds another run, which differs in {'; '.join(keys)}. Run it as it was, choose another "
+                    "--out, or remove the folder"
+                )
+            if (folder / "DONE").exists():
+                found.add(seed)
+    return found
+
+
+def _folder(config: CurvesConfig, seed: int) -> Path:
+    return run_folder(Path(config.out), config.algo.rpartition(":")[2], config.env_id, seed)
+
+
+def _differing(config: CurvesConfig, seed: int, folder: Path) -> list[str]:
+    """In what the run in a folder is another one than that of a seed.
+
+    Raises:
+        ValueError: its run.json is broken, or the settings are not to be had.
+    """
+    from algos.run_files import differences
+    from algos.zoo import recipe
+    from benchmarks.execute import Job, expected
+
+    old = json_object(folder / "run.json")
+    task = old.get("task") or {}
+    changes = overrides(config.set, seed)
+    # Where its own data lie is no setting, unless it was given: --out may be written in two ways.
+    own_data = recipe(config.algo).data is not None and "folder" not in changes
+    arm = Arm(label=recipe(config.algo).label, algo=config.algo, settings=changes)
+    benchmark = Benchmark(
+        name="curves", arms=[arm], env_id=config.env_id, budget=config.budget, updates=config.updates,
+        evals=config.evals,
+    )  # fmt: skip
+    new = expected(Job(benchmark=benchmark, arm=arm, seed=seed, out=config.out, command=""), str(task.get("model_id")))
+    new["task"] = {
+        "env_id": config.env_id, "eval_split": config.split, "eval_noise_seeds": list(range(config.noise_seeds)),
+    }  # fmt: skip
+    there = {key: old.get(key) for key in new} | {"task": {key: task.get(key) for key in new["task"]}}
+    if own_data and "config" in new:
+        for about in (there, new):
+            about["config"] = {key: value for key, value in (about["config"] or {}).items() if key != "folder"}
+    return differences(there, new)
+
+
+def curves(config: CurvesConfig, program: str = "curves") -> int:
     """Runs what is missing and writes tables and report, also of a part of it.
+
+    Args:
+        config: what to train.
+        program: what lines of output begin with.
 
     Returns:
         The exit code: 0; 1 after a failure or 130 if it was interrupted, with tables and report of what was done;
@@ -121,8 +181,9 @@ def curves(config: CurvesConfig) -> int:
     code, trained = 0, False
     try:
         _check(config)
+        done = _done(config)
     except ValueError as error:
-        print(f"curves: {one_line(error)}", file=sys.stderr)
+        print(f"{program}: {one_line(error)}", file=sys.stderr)
         return 2
     torch.set_num_threads(config.num_threads)
     setup = Setup(
@@ -134,11 +195,11 @@ def curves(config: CurvesConfig) -> int:
     )
     try:
         for seed in config.seeds:
-            folder = run_folder(out, config.algo.rpartition(":")[2], config.env_id, seed)
-            if (folder / "DONE").exists():
+            folder = _folder(config, seed)
+            if seed in done:
                 continue
             if (folder / "run.json").exists():
-                print(f"curves: {folder} did not reach its end: this seed is continued", flush=True)
+                print(f"{program}: {folder} did not reach its end: this seed is continued", flush=True)
             result = train(
                 config.algo,
                 out=out,
@@ -158,7 +219,7 @@ def curves(config: CurvesConfig) -> int:
     except KeyboardInterrupt:
         code = 130
     except Exception as error:  # whatever it is, the runs before it deserve their tables
-        print(f"curves: {one_line(error)}", file=sys.stderr)
+        print(f"{program}: {one_line(error)}", file=sys.stderr)
         if isinstance(error, SetupError) and not trained:
             return 2
         code = 1
@@ -166,7 +227,7 @@ def curves(config: CurvesConfig) -> int:
         print(f"report: {write_report(out)}")
     except (ValueError, OSError) as error:
         if code != 1:  # otherwise the one line of the failure said it all
-            print(f"curves: {one_line(error)}", file=sys.stderr)
+            print(f"{program}: {one_line(error)}", file=sys.stderr)
         return code or 1
     return code
 

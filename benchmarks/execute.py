@@ -187,13 +187,16 @@ def run_job(job: Job) -> Outcome:
 
 
 def in_this_process(todo: Sequence[Job], say: Say) -> list[Outcome]:
-    """Runs one after the other, without processes of their own: no start-up each, but one peak of memory for all."""
+    """Runs one after the other, without processes of their own: no start-up each, but one peak of memory for all.
+
+    After one that is refused no further one begins: what is wrong with it is mostly wrong with all.
+    """
     found: list[Outcome] = []
     for job in todo:
         say(f"{job.name}: begins")
         found.append(run_job(job))
         say(f"{job.name}: {found[-1].ended}, {found[-1].message}")
-        if found[-1].ended == "interrupted":
+        if found[-1].ended in ("interrupted", "refused"):
             break
     return found
 
@@ -202,7 +205,7 @@ def in_processes(todo: Sequence[Job], at_once: int, say: Say) -> list[Outcome]:
     """Runs each in a process of its own.
 
     Ctrl-C (or SIGTERM) is handed on to the runs, which end with a checkpoint; no further run begins. If this process is
-    killed, they end by themselves in the same way.
+    killed, they end by themselves in the same way. After one that is refused no further one begins.
 
     Args:
         todo: the runs.
@@ -215,8 +218,9 @@ def in_processes(todo: Sequence[Job], at_once: int, say: Say) -> list[Outcome]:
     context = multiprocessing.get_context("spawn")
     waiting, running, found = deque(todo), dict[int, tuple[Job, Any, Connection]](), list[Outcome]()
     with _handing_on([], running) as asked:
-        while running or (waiting and not asked):
-            while waiting and len(running) < at_once and not asked:
+        refused = False
+        while running or (waiting and not asked and not refused):
+            while waiting and len(running) < at_once and not asked and not refused:
                 job = waiting.popleft()
                 receiver, sender = context.Pipe(duplex=False)
                 process = context.Process(target=_child, args=(job, sender), name=job.name)
@@ -231,6 +235,7 @@ def in_processes(todo: Sequence[Job], at_once: int, say: Say) -> list[Outcome]:
                 outcome = _outcome(receiver, process.exitcode, bool(asked))
                 say(f"{job.name}: {outcome.ended}, {outcome.message}")
                 found.append(outcome)
+                refused = refused or outcome.ended == "refused"
     return found
 
 

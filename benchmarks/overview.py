@@ -12,6 +12,7 @@ from benchmarks.breakdown import peak_gib
 from benchmarks.figures import View
 from benchmarks.records import DIVERSITY, GOLD, HELDOUT, KL, PROXY, Run
 from benchmarks.summary import (
+    SLACK,
     Summary,
     explain_unit,
     level,
@@ -113,9 +114,14 @@ def table_note(view: View) -> str:
     changes = [change for s in view.summaries if (change := s.changes.get(PROXY))]
     notes = dict.fromkeys(explain_unit(change.unit, change.difference) for change in changes)
     text = f"Rewards are those at {view.summaries[0].cost:.0f} device-seconds, up to which every algorithm was "
-    text += "evaluated; a run that failed before stays in at its last value. Change: after - before on the same "
+    text += "evaluated: of each run those of its last evaluation with a finite reward that had cost no more than "
+    text += (
+        f"{SLACK:g} times that, so up to {100 * (SLACK - 1):.0f} % more, because runs of one budget end a part of an "
+    )
+    text += "update apart; a run that failed before stays in at its last value. Change: after - before on the same "
     text += f"prompts and noise; {'; '.join(notes)}. Other brackets are 95 % intervals over seeds. Mean over the cost: "
-    text += "area under the reward curve up to that cost, over that cost."
+    text += "area under the reward curve up to that cost, over that cost; a run that ended earlier, at "
+    text += f"1/{SLACK:g} of it or later, counts up to its end."
     return text + (f" Threshold: {view.threshold.rule}." if view.threshold else "")
 
 

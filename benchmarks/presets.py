@@ -40,7 +40,9 @@ def preset(name: str) -> Benchmark:
     """
     known = presets()
     if name not in known:
-        raise ValueError(f"unknown preset {name!r}: {nearest(name, known)} (there are {', '.join(known)})")
+        hint = nearest(name, known)
+        every = ", ".join(known)
+        raise ValueError(f"unknown preset {name!r}: {hint}" + ("" if every in hint else f" (there are {every})"))
     return known[name]
 
 

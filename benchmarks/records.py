@@ -11,19 +11,22 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import plan_file
+from benchmarks import one_curve, plan_file
 
 PROXY, GOLD = "proxy", "gold"  # names of rewards in eval.jsonl
 KL, DIVERSITY, MOTION = "kl_ref_nats", "diversity", "motion"  # what else is measured there, under "reward"
 HELDOUT = "heldout/"  # in front of the names of rewards that are evaluated and never optimised
 SCHEMA_VERSION = 1
+_WAY_OUT = "put the file back, or remove the run's folder and repeat the run"
 _ENDINGS = ("DONE", "INTERRUPTED", "FAILED")
 # Runs that differ in one of these measured different things and must not be drawn as one curve, or against each other.
-_SAME = ("schema_version", "device", "gpu_name", "cpu_name", "cpu_threads", "dtype")
+_SAME = (
+    "schema_version", "device", "gpu_name", "num_gpus_policy", "num_gpus_reward", "cpu_name", "cpu_threads", "dtype",
+)  # fmt: skip
 _SAME_TASK = (
     "reward_train", "model_id", "num_frames", "height_px", "width_px", "num_steps", "sampler", "noise_level",
-    "guidance_scale", "prompts_test_sha256", "eval_prompt_ids", "eval_noise_seeds", "eval_split",
-    "diversity_features",
+    "guidance_scale", "guidance_interval", "prompts_train_sha256", "prompts_test_sha256", "eval_prompt_ids",
+    "eval_noise_seeds", "eval_split", "heldout", "diversity_features",
 )  # fmt: skip
 
 
@@ -149,18 +152,18 @@ def read_run(folder: Path) -> Run:
     """Reads one run, also one that is still going on: a last line that is not complete yet is left out.
 
     Raises:
-        ValueError: no run.json, another schema, or a broken line inside a file.
+        ValueError: no run.json, another schema, a broken file, or a broken line inside one.
     """
     path = folder / "run.json"
     if not path.exists():
         raise ValueError(f"{folder} is no run: it holds no run.json")
-    about = json.loads(path.read_text(encoding="utf-8"))
+    about = json_object(path)
     if about.get("schema_version") != SCHEMA_VERSION:
         raise ValueError(
             f"{path} has schema {about.get('schema_version')}, this version reads {SCHEMA_VERSION}: repeat the run"
         )
     status = next((name for name in _ENDINGS if (folder / name).exists()), "UNFINISHED")
-    reason = "" if status == "UNFINISHED" else json.loads((folder / status).read_text(encoding="utf-8"))["reason"]
+    reason = "" if status == "UNFINISHED" else str(json_object(folder / status).get("reason", ""))
     by_split: dict[str, list[dict[str, Any]]] = {}
     for row in _lines(folder / "eval.jsonl"):
         by_split.setdefault(str(row.get("split", "fixed")), []).append(row)
@@ -169,6 +172,21 @@ def read_run(folder: Path) -> Run:
         folder, about, _lines(folder / "train.jsonl"), by_split.pop(main, []), status, reason, by_split,
         _lines(folder / "alarms.jsonl"),
     )  # fmt: skip
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ValueError: the file is broken, or holds something else; the message names it.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is broken: {error}; {_WAY_OUT}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is broken: it holds {type(found).__name__}, expected an object; {_WAY_OUT}")
+    return found
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -211,10 +229,13 @@ def check_comparable(runs: Sequence[Run]) -> None:
     """Refuses runs that measured different things.
 
     Runs of several environments are compared within each of them only, so their tasks may differ; the device may not.
+    What a run.json does not say counts as None.
 
     Raises:
-        ValueError: device, dtype or schema differ; within one environment, evaluation prompts or noise seeds, model,
-            reward or sampling differ; the costs of a CPU were counted in two ways; or a seed was run twice.
+        ValueError: device, number of devices, dtype or schema differ; within one environment, prompts of training or
+            evaluation, noise seeds, model, reward, held-out rewards or sampling differ; runs of one algorithm, which
+            are one curve, differ in their settings or budgets (`benchmarks.one_curve`); the costs of a CPU were
+            counted in two ways; or a seed was run twice.
     """
     _same("run.json", _SAME, runs, lambda run, name: run.about.get(name))
     newer = {"train_s" in run.train[-1] for run in runs if run.train and not run.about.get("gpu_name")}
@@ -224,7 +245,8 @@ def check_comparable(runs: Sequence[Run]) -> None:
             "(their train.jsonl has no train_s): repeat the older ones"
         )
     for group in by_task(runs).values():
-        _same("its task", _SAME_TASK, group, lambda run, name: run.task.get(name))
+        # No list and an empty one are both no held-out rewards.
+        _same("its task", _SAME_TASK, group, lambda run, name: None if run.task.get(name) == [] else run.task.get(name))
         seen: dict[tuple[str, int], Path] = {}
         for run in group:
             first = seen.setdefault((run.algo, run.seed), run.folder)
@@ -232,6 +254,12 @@ def check_comparable(runs: Sequence[Run]) -> None:
                 raise ValueError(
                     f"{first} and {run.folder} are both {run.algo} with seed {run.seed} on {run.env_id}: a seed counts "
                     "once, remove one of them"
+                )
+        for algo, of_one in by_algorithm(group).items():
+            if keys := one_curve.differing([run.about for run in of_one]):
+                raise ValueError(
+                    f"the runs of {algo} on {of_one[0].env_id} are one curve, and were made with different settings: "
+                    f"{'; '.join(keys)}. Give a folder with runs of one kind, or repeat those that differ"
                 )
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -112,18 +112,24 @@ def _by_ray(options: Options) -> bool:
     return options.ray or options.ray_address is not None
 
 
-def _say(text: str) -> None:
-    print(f"{PROGRAM}: {text}", flush=True)
-
-
-def run(options: Options, command: str) -> int:
+def run(options: Options, command: str, program: str = PROGRAM) -> int:
     """Makes the runs that are missing, then report and tables, also of a part.
+
+    A run that cannot be set up, because of missing weights for instance, is the last one that is begun.
+
+    Args:
+        options: of the benchmark.
+        command: what repeats it, for the record.
+        program: what lines of output begin with.
 
     Returns:
         The exit code: 0; 1 if a run failed, 130 if it was interrupted, both with a report of what was done; 2 for wrong
         usage, before any training.
     """
     from benchmarks import execute
+
+    def say(text: str) -> None:
+        print(f"{program}: {text}", flush=True)
 
     try:
         todo, values = prepare(options, command)
@@ -135,35 +141,38 @@ def run(options: Options, command: str) -> int:
         if plan_file.read(root) != values:
             plan_file.write(root, values)
     except (ValueError, OSError) as error:
-        return complain(error)
+        return complain(error, program)
     done = [job for job in todo if not job.fresh and execute.state(job.folder) == "DONE"]
     for job in done:
-        _say(f"{job.name}: done before")
+        say(f"{job.name}: done before")
     left = [job for job in todo if job not in done]
     outcomes: list[execute.Outcome] = []
     try:
         for stage in execute.stages(left):
-            outcomes += _execute(options, stage)
-            if any(one.ended == "interrupted" for one in outcomes):
+            outcomes += _execute(options, stage, say)
+            if any(one.ended in ("interrupted", "refused") for one in outcomes):
                 break
     except KeyboardInterrupt:
         outcomes.append(execute.Outcome(ended="interrupted", message=""))
     except ValueError as error:  # Ray has no cluster there, or too small a one
-        return complain(error)
+        return complain(error, program)
+    for reason in dict.fromkeys(one.message for one in outcomes if one.ended == "refused"):
+        print(f"{program}: {reason}", file=sys.stderr)
     code = exit_code([one.ended for one in outcomes], some_done=bool(done))
     if code == 2:
         return code
-    return code or reported(root)
+    told = reported(root, program)  # also of a part
+    return code or told
 
 
-def complain(error: Exception) -> int:
+def complain(error: Exception, program: str = PROGRAM) -> int:
     """Says what was wrong, a line for each run that it is about; returns the exit code of wrong usage."""
     lines = str(error).splitlines() if isinstance(error, ValueError) else [one_line(error)]
-    print(*(f"{PROGRAM}: {line}" for line in lines), sep="\n", file=sys.stderr)
+    print(*(f"{program}: {line}" for line in lines), sep="\n", file=sys.stderr)
     return 2
 
 
-def _execute(options: Options, stage: Sequence[Any]) -> list[Any]:
+def _execute(options: Options, stage: Sequence[Any], say: Callable[[str], None]) -> list[Any]:
     from benchmarks import execute
 
     if _by_ray(options):
@@ -171,14 +180,14 @@ def _execute(options: Options, stage: Sequence[Any]) -> list[Any]:
 
         return with_ray(
             stage,
-            _say,
+            say,
             address=options.ray_address,
             gpus_per_run=options.gpus_per_run,
             cpus_per_run=options.cpus_per_run,
         )
     if options.jobs == 0:
-        return execute.in_this_process(stage, _say)
-    return execute.in_processes(stage, options.jobs, _say)
+        return execute.in_this_process(stage, say)
+    return execute.in_processes(stage, options.jobs, say)
 
 
 def exit_code(ended: Sequence[str], *, some_done: bool) -> int:
@@ -190,14 +199,14 @@ def exit_code(ended: Sequence[str], *, some_done: bool) -> int:
     return int(any(one in ("failed", "refused") for one in ended))
 
 
-def reported(folder: Path) -> int:
+def reported(folder: Path, program: str = PROGRAM) -> int:
     """Writes report and tables after runs; the exit code is 1 where none of them has anything to report."""
     from benchmarks.report import write_report
 
     try:
-        _say(f"report: {write_report(folder)}")
+        print(f"{program}: report: {write_report(folder)}", flush=True)
     except (ValueError, OSError) as error:
-        print(f"{PROGRAM}: {one_line(error)}", file=sys.stderr)
+        print(f"{program}: {one_line(error)}", file=sys.stderr)
         return 1
     return 0
 

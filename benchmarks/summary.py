@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks.aggregate import Interval, area_under_curve, paired_difference, t_interval
 from benchmarks.records import PROXY, Run, by_algorithm
 
-_SLACK = 1.1  # runs of one budget end a part of an update apart; up to this factor their costs count as equal
+SLACK = 1.1  # runs of one budget end a part of an update apart; up to this factor their costs count as equal
 FEW = 3  # below this many runs an interval over runs says nothing
 _NAN = float("nan")
 AXES = {"device_s": "device-seconds", "reward_queries": "reward queries"}
@@ -74,9 +74,9 @@ def common_cost(runs: Sequence[Run], x: str = "device_s") -> float:
 
 
 def update_at(run: Run, cost: float, x: str = "device_s") -> int:
-    """The last evaluated update with a finite reward that cost no more than `cost`, or little more: see `_SLACK`."""
+    """The last evaluated update with a finite reward that cost no more than `cost`, or little more: see `SLACK`."""
     costs = {update: run.cost(update, x) for update in run.updates()}
-    within = [update for update, spent in costs.items() if spent is not None and spent <= cost * _SLACK]
+    within = [update for update, spent in costs.items() if spent is not None and spent <= cost * SLACK]
     finite = [update for update in within if np.isfinite(run.mean(PROXY, update))]
     return max(finite or within[:1] or run.updates()[:1])
 
@@ -142,7 +142,7 @@ def mean_height(summary: Summary, reward: str = PROXY) -> Interval:
     for run in summary.runs:
         x, y = run.curve(reward)
         # An update that crosses the cost a little late is the run's end for the comparison, so it is here.
-        end = min(summary.cost, float(x[-1])) if len(x) and x[-1] * _SLACK >= summary.cost else _NAN
+        end = min(summary.cost, float(x[-1])) if len(x) and x[-1] * SLACK >= summary.cost else _NAN
         found.append(area_under_curve(x, y, end) if np.isfinite(end) else _NAN)
     return over_runs(found)
 

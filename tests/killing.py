@@ -41,7 +41,7 @@ class Fuse:
     def __init__(self, monkeypatch):
         from pathlib import Path
 
-        from algos import checkpoint, loop, resume, run_files
+        from algos import checkpoint, loop, resume, run_files, sample_videos
         from vdm_env import env, policy
 
         self.count, self.at = 0, None
@@ -60,7 +60,7 @@ class Fuse:
         append = self._half_rows(run_files.append_rows)
         monkeypatch.setattr(loop, "append_rows", append)
         replace_file = self._half_replacement(run_files.replace_file)
-        for holder in (run_files, loop):
+        for holder in (run_files, sample_videos):
             monkeypatch.setattr(holder, "replace_file", replace_file)
         assert resume.replace_json is run_files.replace_json  # which calls run_files.replace_file
         for holder in (checkpoint, run_files):

@@ -13,11 +13,13 @@ import pytest
 import torch
 
 import algos
+from algos.budget import seconds
+from algos.provenance import plain
 from algos.zoo import ZOO, load
 from benchmarks import cli, curves, demo, training
 from benchmarks.arguments import one_line
 from benchmarks.plan import Arm
-from benchmarks.settings import overrides
+from benchmarks.settings import algorithm_config, overrides
 from tests.test_report import PROMPTS, Page, write_run
 
 
@@ -36,12 +38,18 @@ class FakeTraining:
         status, evaluations, end = ("DONE", 5, 60.0) if ending is None else ("INTERRUPTED", 2, 15.0)
         if isinstance(ending, Exception):
             status = "FAILED"
-        task = {"command": given["command"]}
+        task, about = {"command": given["command"]}, None
+        if "changes" in given:  # of the curves, which look whether a run is the one they were asked for
+            setup = given["setup"]
+            task |= {"env_id": setup.env_id, "eval_split": setup.split, "eval_noise_seeds": list(setup.noise_seeds)}
+            config, _ = algorithm_config(load(name)[1], "no model", given["changes"], seed)
+            about = {"config": plain(config), "eval_every": f"{seconds(given['eval_every']):g} device-s"}
         folder = out / name / "Task" / f"seed_{seed}"
         if given.get("resume") and (folder / "run.json").exists():  # the fake continues nothing
             (folder / "run.json").rename(out / f"removed_{seed}.json")
             folder.rename(out / f"removed_{seed}")
-        write_run(out, name, seed=seed, gain=0.4, status=status, evaluations=evaluations, end=end, task=task)
+        numbers: dict[str, Any] = {"gain": 0.4, "evaluations": evaluations, "end": end}
+        write_run(out, name, seed=seed, status=status, task=task, about=about, **numbers)
         if isinstance(ending, Exception):
             raise ending
         return SimpleNamespace(interrupted=ending == "interrupt")
@@ -157,6 +165,47 @@ def test_curves_go_on_where_they_were_stopped(
     assert statuses(tmp_path) == {"0": "DONE", "1": "DONE", "2": "DONE"}
     command = json.loads((tmp_path / "vader" / "Task" / "seed_2" / "run.json").read_text())["task"]["command"]
     assert "--seeds 0 1 2 " in command and f"--num-threads {torch.get_num_threads()} " in command
+
+
+@pytest.mark.parametrize(
+    ("given", "keys"),
+    [
+        (("--set", "learning_rate=0.25"), ["config.learning_rate: 0.0002 there, 0.25 given"]),
+        (("--updates", "40"), ["budget_updates: None there, 40 given", "eval_every: '7.5 device-s' there"]),
+        (("--budget", "2min", "--evals", "16"), ["budget_device_s: 60.0 there, 120.0 given"]),
+        (("--noise-seeds", "2"), ["task.eval_noise_seeds: "]),
+        (("--split", "validation"), ["task.eval_split: 'test' there, 'validation' given"]),
+    ],
+)
+def test_curves_of_other_settings_than_the_runs_that_are_there_are_refused_before_any_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    given: tuple[str, ...], keys: list[str],
+) -> None:  # fmt: skip
+    use(monkeypatch, curves)
+    assert run_curves(tmp_path, "--seeds", "0") == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    fake = use(monkeypatch, curves)
+    # The new seed comes first, and is not begun either.
+    assert run_curves(tmp_path, "--seeds", "1", "0", *given) == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and said.err.startswith(f"curves: {tmp_path / 'vader' / 'Task' / 'seed_0'} holds")
+    assert all(key in said.err for key in keys) and "choose another --out" in said.err, said.err
+    assert said.err.count(" there, ") == len(keys)
+    assert not fake.calls and {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert run_curves(tmp_path, "--seeds", "0", "--budget", "1min") == 0 and not fake.calls
+
+
+def test_a_broken_record_of_a_curve_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use(monkeypatch, curves)
+    assert run_curves(tmp_path, "--seeds", "0") == 0
+    path = tmp_path / "vader" / "Task" / "seed_0" / "run.json"
+    path.write_text("{")
+    capsys.readouterr()
+    assert run_curves(tmp_path, "--seeds", "0") == 2
+    assert f"{path} is broken" in capsys.readouterr().err
 
 
 def test_curves_that_fail_keep_what_was_done(

@@ -52,6 +52,15 @@ def growing(atol: float, *values: Tensor) -> float:
     return atol * max(1.0, *(float(value.abs().max()) / LARGE for value in values))
 
 
+ROUNDING = 2.0**-23
+"""of float32, relative: the original keeps the buffers of its schedule in it"""
+
+
+def rounding(*values: Tensor) -> float:
+    """What buffers of this size may differ by that were rounded to float32 once; at least that of numbers up to 1/2."""
+    return ROUNDING * max(0.5, *(float(value.abs().max()) for value in values))
+
+
 # ----------------------------------------------------------------------------------------- VideoCrafter2, DDIM
 
 
@@ -85,11 +94,11 @@ def vc2_eps(run: dict, r: dict[str, Tensor], k: int) -> Tensor:
 def test_videocrafter2_schedule() -> None:
     want = golden_tensors(VC2, "schedule.safetensors")
     schedule = vc2_schedule(use_scale=True)
-    within(schedule.alphas_cumprod, want["alphas_cumprod"], 6e-8)  # the original keeps its buffers in float32
+    within(schedule.alphas_cumprod, want["alphas_cumprod"], rounding(want["alphas_cumprod"]))
     scales = [tensor for name, tensor in want.items() if name.startswith("scale_arr")]
     assert scales and schedule.latent_scale is not None
     for scale in scales:
-        within(schedule.latent_scale, scale[: schedule.num_train_timesteps], 1e-7)
+        within(schedule.latent_scale, scale[: schedule.num_train_timesteps], rounding(scale))
     grids = [match for name in want if (match := re.fullmatch(r"S(\d+)\.timesteps", name))]
     sigmas = [match for name in want if (match := re.fullmatch(r"S(\d+)\.sigmas_eta([\d.p]+)", name))]
     assert grids and sigmas
@@ -112,7 +121,7 @@ def test_videocrafter2_alphas_and_scales_of_each_grid() -> None:
         t = want[f"S{match[1]}.timesteps"]
         ours = {"alphas": schedule.alphas_cumprod, "scale": schedule.latent_scale}[match[2]]
         at = ours[t] if match[3] is None else torch.cat([ours[:1], ours[t[:-1]]])
-        within(at, values, 1e-7)
+        within(at, values, rounding(values))
         seen += 1
     assert seen
 
@@ -121,7 +130,7 @@ def test_videocrafter2_steps_and_clean_estimates() -> None:
     for run, r in vc2_runs():
         table = vc2_table(run)
         assert table.timesteps.tolist() == r["t"].tolist() == run["timesteps"]
-        within(table.sigma, r["sigma"], 1e-7)
+        within(table.sigma, r["sigma"], rounding(r["sigma"]))
         assert bool(table.stochastic.all()) == (run["eta"] > 0)
         for k in range(run["n_steps"]):
             x, eps = r["x_t"][k], vc2_eps(run, r, k)

@@ -18,7 +18,8 @@ PROGRAM = "vdm-env bench"
 class BenchConfig(CurvesConfig):
     """Train one algorithm with several seeds and write its curves, or compare several algorithms with --preset.
 
-    With --preset the other options are those of python -m benchmarks.reward_vs_gpu_hours run.
+    With --preset the other options are those of python -m benchmarks.reward_vs_gpu_hours run, which
+    vdm-env bench --preset quick --help lists.
     """
 
     preset: str | None = None
@@ -28,6 +29,6 @@ class BenchConfig(CurvesConfig):
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
-    if any(given.partition("=")[0] == "--preset" for given in arguments) and "--help" not in arguments:
-        return run(parse(Options, arguments, PROGRAM), shlex.join([*PROGRAM.split(), *arguments]))
-    return curves(parse(BenchConfig, arguments, PROGRAM))
+    if any(given.partition("=")[0] == "--preset" for given in arguments):
+        return run(parse(Options, arguments, PROGRAM), shlex.join([*PROGRAM.split(), *arguments]), PROGRAM)
+    return curves(parse(BenchConfig, arguments, PROGRAM), PROGRAM)

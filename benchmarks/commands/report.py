@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import tyro
 
-from benchmarks.arguments import parse
+from benchmarks.arguments import parse, refuse
+
+PROGRAM = "vdm-env report"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,8 +24,14 @@ class ReportConfig:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command; returns its exit code."""
-    config = parse(ReportConfig, arguments, "vdm-env report")
+    """Runs the command; returns its exit code.
+
+    Raises:
+        SystemExit: code 2 for wrong usage.
+    """
+    config = parse(ReportConfig, arguments, PROGRAM)
+    if config.threshold is not None and not math.isfinite(config.threshold):
+        refuse(PROGRAM, f"--threshold must be a finite reward, got {config.threshold}")
     from benchmarks.report import report
 
     return report(config.folder, config.threshold)

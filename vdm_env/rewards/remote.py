@@ -35,6 +35,9 @@ Payload = Literal["float32", "float16", "uint8"]
 class RemoteReward:
     """The reward that a server offers. It says its name, frames and range when asked for its health.
 
+    `devices` are the accelerators that the server holds, 0 on a CPU, as it said when it was asked first; None where it
+    does not say. `algos.run` counts them as cost.
+
     Args:
         url: of the server, `http://host:port`.
         batch: videos in a request.
@@ -78,9 +81,10 @@ class RemoteReward:
         self.name = name or offered["name"]
         self.frames: FramePolicy = offered["frames"] if frames is None else frames
         self.range: tuple[float, float] = offered["range"]
+        self.devices: int | None = offered["devices"]
 
     def health(self) -> dict[str, Any]:
-        """What the server offers: name, frames and range of the reward.
+        """What the server offers: name, frames and range of the reward, and the accelerators it holds or None.
 
         Raises:
             RemoteRewardError: it does not answer.
@@ -128,13 +132,22 @@ class RemoteReward:
         return video.to(torch.float16 if self.payload == "float16" else torch.float32)
 
 
+def remote_parts(reward: Any) -> list[Any]:
+    """The parts of a reward that are scored elsewhere: those with an attribute `devices`, its accelerators or None."""
+    if hasattr(reward, "devices"):
+        return [reward]
+    return [part for term in getattr(reward, "terms", ()) for part in remote_parts(getattr(term, "reward", None))]
+
+
 def _read_health(content: bytes) -> dict[str, Any]:
     found = read_object(content)
     try:
         low, high = (float(value) for value in found["range"])
-        name, frames = found["name"], found["frames"]
+        name, frames, devices = found["name"], found["frames"], found.get("devices")
     except (KeyError, TypeError, ValueError) as error:
         raise BadAnswer(f"an answer that is no reward's health ({error!r})") from error
     if math.isnan(low) or math.isnan(high) or not low < high or not isinstance(name, str) or not name:
         raise BadAnswer(f"an answer that is no reward's health (name {name!r}, range {low}, {high})")
-    return {"name": name, "frames": frames, "range": (low, high)}
+    if devices is not None and (not isinstance(devices, int) or isinstance(devices, bool) or devices < 0):
+        raise BadAnswer(f"an answer that is no reward's health (devices {devices!r}, expected a number from 0 on)")
+    return {"name": name, "frames": frames, "range": (low, high), "devices": devices}

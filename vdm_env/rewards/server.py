@@ -3,8 +3,9 @@
     python -m vdm_env.rewards.server MovingShapes-HPS --port 8790
     python -m vdm_env.rewards.server VideoScore:temporal --device cuda --dtype bfloat16 --host 0.0.0.0
 
-GET /health says what it is; POST /score takes videos and prompts as safetensors bytes and answers with scores in the
-same form. It has no passwords: let it listen on an address that only your own machines reach. Nothing is unpickled.
+GET /health says what it is and how many accelerators it holds; POST /score takes videos and prompts as safetensors
+bytes and answers with scores in the same form. It has no passwords: let it listen on an address that only your own
+machines reach. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, Literal
 import torch
 
 from vdm_env.rewards.base import NotFiniteError, Reward, score_parts
+from vdm_env.rewards.remote import remote_parts
 from vdm_env.rewards.wire import CONTENT_TYPE, BadAnswer, pack_scores, unpack_request
 
 MAX_REQUEST = 4 * 2**30
@@ -72,8 +74,14 @@ class RewardServer(ThreadingHTTPServer):
     def health(self) -> dict[str, Any]:
         """What /health answers."""
         frames = self.reward.frames
+        further = [part.devices for part in remote_parts(self.reward)]  # of servers behind this one
         policy = frames if isinstance(frames, str | int) else [int(i) for i in frames]
-        return {"name": self.reward.name, "frames": policy, "range": [str(bound) for bound in self.reward.range]}
+        return {
+            "name": self.reward.name,
+            "frames": policy,
+            "range": [str(bound) for bound in self.reward.range],
+            "devices": None if None in further else int(self.device.type != "cpu") + sum(further),
+        }
 
     def score(self, content: bytes) -> bytes:
         """What /score answers to a request of that content."""
