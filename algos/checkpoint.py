@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from vdm_env.checksums import file_sha256
 
+MANIFEST = "manifest.json"
+"""File of a checkpoint that lists size and SHA-256 of the others."""
 _TENSOR, _TUPLE, _ITEMS = "__tensor__", "__tuple__", "__items__"
-_MANIFEST = "manifest.json"
 
 
 class DamagedCheckpointError(ValueError):
@@ -125,7 +126,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
         folder = folder.with_name(folder.name + ".old")
     if not folder.exists():
         raise FileNotFoundError(f"no checkpoint at {folder.with_suffix('')}")
-    _verify(folder)
+    verify(folder)
     try:
         tree = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         return join_tensors(tree, load_file(str(folder / "tensors.safetensors")))
@@ -149,26 +150,26 @@ def _seal(folder: Path) -> None:
     for path in paths:
         sync(path)
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    manifest = folder / _MANIFEST
+    manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
     sync(manifest)
     for inside in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
         sync(inside)
 
 
-def _verify(folder: Path) -> None:
-    """Compares all files with the manifest.
+def verify(folder: Path) -> None:
+    """Compares all files of a checkpoint with its manifest.
 
     Raises:
-        DamagedCheckpointError: see `load_checkpoint`.
+        DamagedCheckpointError: a file is missing, or is not the one that was written; the message names it.
     """
     try:
-        files = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
     except FileNotFoundError:
-        raise DamagedCheckpointError(f"checkpoint {folder} is not complete: it has no {_MANIFEST}") from None
+        raise DamagedCheckpointError(f"checkpoint {folder} is not complete: it has no {MANIFEST}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {_MANIFEST} cannot be read") from error
+        raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {MANIFEST} cannot be read") from error
     for name, (size, digest) in expected.items():
         path = folder / name
         if not path.is_file():

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from algos.checkpoint import DamagedCheckpointError, load_checkpoint, save_checkpoint
+from algos.checkpoint import DamagedCheckpointError, load_checkpoint, save_checkpoint, verify
 from algos.run_files import replace_json
 
 FOLDER, BEST = "checkpoints", "best.json"
@@ -39,11 +39,68 @@ def best_checkpoint(run: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: no checkpoint was evaluated.
+        ValueError: the file that names it is damaged, or names one that is not there.
     """
     path = Path(run) / FOLDER / BEST
     if not path.exists():
         raise FileNotFoundError(f"no {BEST} in {path.parent}: the run has no evaluated checkpoint; take the newest one")
-    return checkpoints(run)[int(json.loads(path.read_text(encoding="utf-8"))["update"])]
+    try:
+        update = int(json.loads(path.read_text(encoding="utf-8"))["update"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); take --checkpoint newest") from error
+    found = checkpoints(run)
+    if update not in found:
+        raise ValueError(f"{path} names update {update} whose checkpoint is not there; take --checkpoint newest")
+    return found[update]
+
+
+def chosen_checkpoint(run: str | Path, which: str | int = "newest") -> tuple[Path, list[str]]:
+    """A checkpoint of a run whose files are the ones that were written.
+
+    Args:
+        run: the run's folder.
+        which: "newest" passes over damaged ones; "best" and the number of an update mean one, which must be intact.
+
+    Returns:
+        Its folder, and what is wrong with newer ones that were passed over.
+
+    Raises:
+        FileNotFoundError: the run has no checkpoint, or no best one.
+        ValueError: see `best_checkpoint`, or the run has no checkpoint of this update.
+        DamagedCheckpointError: it is damaged, or none is intact.
+    """
+    found, damaged = checkpoints(run), list[str]()
+    if which == "newest":
+        newest_checkpoint(run)  # says why there is none
+        for path in reversed(found.values()):
+            try:
+                verify(path)
+                return path, damaged
+            except DamagedCheckpointError as error:
+                damaged.append(str(error))
+        raise DamagedCheckpointError(f"{run} has no intact checkpoint: {'; '.join(damaged)}")
+    if which != "best" and which not in found:
+        raise ValueError(f"{run} has no checkpoint of update {which}; it has those of {_listed(found)}")
+    path = best_checkpoint(run) if which == "best" else found[int(which)]
+    try:
+        verify(path)
+    except DamagedCheckpointError as error:
+        intact = [number for number, other in found.items() if _intact(other)]
+        raise DamagedCheckpointError(f"{error}; intact are the checkpoints of {_listed(intact)}") from None
+    return path, damaged
+
+
+def _intact(path: Path) -> bool:
+    try:
+        verify(path)
+    except DamagedCheckpointError:
+        return False
+    return True
+
+
+def _listed(updates: Iterable[int]) -> str:
+    numbers = list(map(str, updates))
+    return f"update {', '.join(numbers)}" if numbers else "no update"
 
 
 @dataclass(kw_only=True)

@@ -85,7 +85,7 @@ def sampling_settings(
 
     Args:
         env: its model, size, sampler, steps, noise level and reward make the videos.
-        policy: its guidance scale, and with weights="policy" its trained weights.
+        policy: its guidance scale and interval, and with weights="policy" its trained weights.
         candidates: N.
         seed: of the noise.
         weights: "reference" samples with the policy's reference (the untrained model unless it was refreshed), "policy"
@@ -113,6 +113,13 @@ def sampling_settings(
         "num_steps": mdp.num_steps,
         "noise_level": mdp.noise_level,
         "guidance_scale": policy.guidance_scale,
+        # As texts: an upper limit may be infinite, which JSON does not have. Absent where there is none, so that data
+        # from before there were intervals are still known.
+        **(
+            {}
+            if policy.guidance_interval is None
+            else {"guidance_interval": [str(level) for level in policy.guidance_interval]}
+        ),
         "network_sha256": _fingerprint(base),
         "adapter_sha256": _fingerprint(trained.items(), whole=True) if trained else None,
     }

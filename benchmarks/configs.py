@@ -42,6 +42,8 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"cannot read the config file {path}: {error.strerror or error}") from error
     except (ValueError, yaml.YAMLError) as error:  # TOML's, JSON's and text's errors are ValueErrors
         raise ValueError(f"the config file {path} is broken: {' '.join(str(error).split())}") from error
+    if found is None:
+        raise ValueError(f"the config file {path} is empty; expected names with values, such as algo: vader")
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise ValueError(f"the config file {path} holds a {type(found).__name__}; expected names with values")
     return {key.replace("-", "_"): value for key, value in found.items()}

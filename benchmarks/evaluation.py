@@ -28,22 +28,28 @@ def evaluators(
         noise_seeds: videos of each prompt.
         heldout: names of rewards that are never optimised; an embedded world gives its own ones.
         num_videos: prompts of the first split whose first video is kept.
-        guidance_scale: of the policy during an evaluation; None: as it is.
+        guidance_scale: of the policy during an evaluation, with the guidance_interval in `changes` or else the
+            environment's; None: both are as the policy has them.
         changes: see `env.derive`.
 
     Raises:
-        ValueError: an unknown split or reward, or one that is optimised.
+        ValueError: an unknown split or reward, one that is optimised, or prompts that the world's gold score cannot
+            judge.
     """
     import algos
     from algos.measures import default_features
 
     found: list[Any] = []
     rewards, features = _heldout(env, heldout), default_features(env)
+    if guidance_scale is not None:
+        changes["guidance_scale"] = guidance_scale
     for place, split in enumerate(splits):
         held_out = env.derive(split=split, group_size=1, decode_frames=None, **changes)
+        prompt_ids = spread(held_out.prompt_ids(split), num_prompts)
+        check_captions(held_out, prompt_ids)
         evaluator = algos.Evaluator(
             held_out,
-            spread(held_out.prompt_ids(split), num_prompts),
+            prompt_ids,
             noise_seeds,
             num_videos=0 if place else num_videos,
             heldout=rewards,
@@ -68,8 +74,28 @@ def _heldout(env: Any, names: Sequence[str]) -> dict[str, Any]:
     return heldout_rewards(env, names)
 
 
+def check_captions(env: Any, prompt_ids: Sequence[int]) -> None:
+    """Refuses prompts of an evaluation that the gold score of an embedded world would refuse.
+
+    Raises:
+        ValueError: one that is no caption of the world.
+    """
+    if env.model.spec.world is None:
+        return
+    from vdm_env.worlds.moving_shapes.render import parse_caption
+
+    for number in prompt_ids:
+        try:
+            parse_caption(env.prompts[number])
+        except ValueError as error:
+            raise ValueError(
+                f"the gold score cannot judge a prompt of the evaluation: {error}. Evaluate on captions of the world; "
+                "training prompts may be others"
+            ) from error
+
+
 class AtGuidance:
-    """An evaluator that samples with a guidance scale of its own, whatever the policy trains with."""
+    """An evaluator that samples with the guidance of its own environment, whatever the policy trains with."""
 
     def __init__(self, evaluator: Any, guidance_scale: float) -> None:
         self.evaluator, self.guidance_scale = evaluator, float(guidance_scale)
@@ -79,11 +105,13 @@ class AtGuidance:
 
     def evaluate(self, policy: Any, *given: Any, **options: Any) -> Any:
         """See `algos.Evaluator.evaluate`."""
-        trained_with, policy.guidance_scale = policy.guidance_scale, self.guidance_scale
+        trained_with = policy.guidance_scale, policy.guidance_interval
+        policy.guidance_scale = self.guidance_scale
+        policy.guidance_interval = self.evaluator.env.config.guidance_interval
         try:
             return self.evaluator.evaluate(policy, *given, **options)
         finally:
-            policy.guidance_scale = trained_with
+            policy.guidance_scale, policy.guidance_interval = trained_with
 
 
 def spread(prompt_ids: Sequence[int], count: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass, replace
@@ -57,8 +58,10 @@ def build(config: TrainConfig, settings: Mapping[str, Any]) -> Resolved:
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     given = {**asdict(config.batch), "decode_frames": chosen_frames(config.batch.decode_frames)}
+    given = {name: value for name, value in given.items() if not name.startswith("prompt_")}  # how a file is read
     given |= own_prompts(config.batch)
     env = make_env(config.env, config.process, seed=config.seed, defaults=own, **given)
+    _check_evaluated(env, config)
     policy, algorithm, chosen, note = build_algorithm(
         found, env, lambda: make_policy(env, config.policy, config.seed), settings, config.seed
     )
@@ -87,6 +90,7 @@ def build(config: TrainConfig, settings: Mapping[str, Any]) -> Resolved:
             [asked.eval_split],
             num_prompts=asked.eval_prompts,
             noise_seeds=range(asked.eval_seeds),
+            heldout=asked.heldout,
             num_videos=asked.eval_videos,
             noise_level=level,
         ),
@@ -94,6 +98,23 @@ def build(config: TrainConfig, settings: Mapping[str, Any]) -> Resolved:
         config=chosen,
         values=values,
     )
+
+
+def _check_evaluated(env: Any, config: TrainConfig) -> None:
+    """Refuses a split of the evaluation that the prompts do not have, with the ways out; before a policy is made."""
+    split = config.evaluation.eval_split
+    try:
+        env.prompt_ids(split)
+    except ValueError as error:
+        file = config.batch.prompts
+        if file is None:
+            raise
+        from vdm_env.prompt_sets.files import SPLITS_FILE
+
+        raise ValueError(
+            f"none of the {len(env.prompts)} texts of {file} is in the split {split!r}, which a hash of each text "
+            f"decides: evaluate on those of training with --eval-split train, give more texts, or write {SPLITS_FILE}"
+        ) from error
 
 
 def start(config: TrainConfig, settings: Mapping[str, Any], *, command: str) -> Any:
@@ -120,6 +141,7 @@ def start(config: TrainConfig, settings: Mapping[str, Any], *, command: str) -> 
 def _start(config: TrainConfig, settings: Mapping[str, Any], ranks: Any, *, command: str, started: float) -> Any:
     """`start` in each of the processes, of which the first writes."""
     import algos
+    from algos.alarm import Alarm
     from algos.zoo import recipe
 
     assert config.algo is not None
@@ -132,13 +154,13 @@ def _start(config: TrainConfig, settings: Mapping[str, Any], ranks: Any, *, comm
         built = build(config, settings)
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise SetupError(one_line(error)) from error
-    if ranks.main:
-        print(f"{config.algo} on {config.env}: {built.note}; every setting is in {folder / CONFIG}", flush=True)
     every = config.evaluation.eval_every
     forwards = built.env.mdp.counters.denoiser_forwards
     try:
         if ranks.main and not (there and config.resume):
-            write_yaml(folder / CONFIG, built.values, f"Repeat this run: vdm-env train --config {CONFIG} --out ...")
+            _write_config(folder, built.values)
+        if ranks.main:
+            print(f"{config.algo} on {config.env}: {built.note}; every setting is in {folder / CONFIG}", flush=True)
         return algos.run(
             built.algorithm,
             out=folder,
@@ -147,6 +169,9 @@ def _start(config: TrainConfig, settings: Mapping[str, Any], ranks: Any, *, comm
             evaluate=built.evaluators,
             eval_every=int(every) if every is not None and every.isdecimal() else every,
             checkpoint_every=config.checkpoint_every,
+            keep_checkpoints=config.keep_checkpoints,
+            skip_nonfinite=config.skip_nonfinite,
+            alarm=Alarm(stop=config.evaluation.stop_on_alarm),
             on_oom=config.on_oom,
             watch=config.watch,
             sample_mp4=config.sample_mp4,
@@ -165,6 +190,21 @@ def _start(config: TrainConfig, settings: Mapping[str, Any], ranks: Any, *, comm
         raise
 
 
+def _write_config(folder: Path, values: Mapping[str, Any]) -> None:
+    """Writes config.yaml into a folder in which no other process is at work.
+
+    Raises:
+        ValueError: one is.
+        RunFolderError: the folder cannot be written.
+    """
+    from algos.run_files import alone, writing
+
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with alone(folder):
+            write_yaml(folder / CONFIG, values, f"Repeat this run: vdm-env train --config {CONFIG} --out ...")
+
+
 def _task(config: TrainConfig, built: Resolved, command: str) -> dict[str, Any]:
     limits = ["One seed: no statement about others."]
     if config.process.weights == "random":
@@ -173,7 +213,9 @@ def _task(config: TrainConfig, built: Resolved, command: str) -> dict[str, Any]:
         built.env, built.evaluators[0].env, Setup(env_id=config.env, question=QUESTION, limits=limits), command
     )
     own = {"algo_name": config.algo} if ":" in str(config.algo) else {}
-    return {**task, **own, "policy": asdict(config.policy)}
+    policy = asdict(config.policy)
+    policy.pop("offload_activations")  # changes no number, and a run that lacks memory may go on with it
+    return {**task, **own, "policy": policy}
 
 
 def results(folder: Path) -> list[str]:
@@ -183,10 +225,12 @@ def results(folder: Path) -> list[str]:
     for name, word in ((PROXY, "reward"), (GOLD, "gold")):
         if name in run.rewards():
             found = change(run, name)
+            low, high = (found[f"{name}_{end}"] for end in ("low", "high"))
+            known = math.isfinite(low) and math.isfinite(high)
             lines.append(
                 f"  {word:<6} {show(found[f'{name}_before'])} -> {show(found[f'{name}_after'])}   "
                 f"change {found[f'{name}_change']:+.3g} "
-                f"[{found[f'{name}_low']:+.3g}, {found[f'{name}_high']:+.3g}]"
+                f"{f'[{low:+.3g}, {high:+.3g}]' if known else '(an interval needs two evaluated videos)'}"
             )
     lines.append("  [low, high]: 95 % interval over the evaluated videos of this one run; it says nothing about seeds")
     lines.append(f"  videos before and after: vdm-env sample --lora {folder} --out sample.mp4")

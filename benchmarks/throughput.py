@@ -107,7 +107,7 @@ def rows(config: ThroughputConfig) -> Iterator[dict[str, object]]:
     env.make_policy(**policy_options)  # refused now or never
     embed_prompts(env)
     common = _conditions(config, env)
-    best = measure_ceiling(env.device, getattr(torch, config.process.dtype))
+    best = measure_ceiling(env.device, getattr(torch, str(config.process.dtype)))
     yield common | {
         "what": "matmul",
         "seconds": rounded(best.seconds),
@@ -182,7 +182,10 @@ def _make(config: ThroughputConfig) -> Any:
 
     import vdm_env
 
-    options = _given(config) | {"device": place(config.process.device), "dtype": getattr(torch, config.process.dtype)}
+    options = _given(config) | {
+        "device": place(config.process.device),
+        "dtype": getattr(torch, str(config.process.dtype)),
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that random weights mean nothing
         return vdm_env.make(config.env_id, **options)

@@ -176,6 +176,7 @@ def test_our_rewards_pass(name):
         (lambda v, p: brightness(v, p) - v.mean(), ContractError, "may depend on video i and prompt i only"),
         (lambda v, p: brightness(v, p) + torch.rand(len(v)), ContractError, "dropout"),
         (lambda v, p: brightness(v.mul_(0.5), p), ContractError, "changed the video"),
+        (lambda v, p: brightness(v.clamp_(0, 1), p), ContractError, "changed the video"),
         (lambda v, p: p.pop() and brightness(v, p), ContractError, "changed the list of prompts"),
         (as_reward(brightness, range=(0.9, 1.0)), ContractError, r"outside its range \(0.9, 1.0\)"),
         (as_reward(brightness, range=(1.0, 0.0)), ContractError, "low < high"),

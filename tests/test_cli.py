@@ -167,6 +167,7 @@ def test_wrong_arguments_are_one_line(
     [
         ("a.yaml", "algo: [", "is broken"),
         ("a.json", "[1]", "holds a list"),
+        ("a.yaml", "# nothing\n", "a.yaml is empty"),
         ("a.toml", "algo = ", "is broken"),
         ("a.yaml", "alog: vader", "unknown key 'alog'; did you mean 'algo'"),
         ("a.yaml", "num_envs: many", "num_envs is 'many', expected a whole number"),

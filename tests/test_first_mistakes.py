@@ -21,6 +21,7 @@ from vdm_env.worlds.moving_shapes import WEIGHTS
         ({"dtype": "float16"}, ValueError, "dtype='float16'"),
         ({"dtype": torch.int64}, ValueError, "expected torch.float32"),
         ({"device": "foo"}, ValueError, "device='foo' cannot be used"),
+        ({"device": "meta"}, ValueError, "holds shapes without numbers"),
         ({"guidance_scale": float("nan")}, ValueError, "guidance_scale=nan"),
         ({"guidance_scale": "x"}, ValueError, "guidance_scale='x'"),
         ({"noise_level": "a"}, ValueError, "noise_level='a'"),
@@ -104,6 +105,21 @@ def test_rollout_seconds_are_counted_apart_from_decoding_and_scoring():
             assert env.mdp.counters.rollout_s == 0.0
             obs, *_ = env.step(policy(obs))
     assert env.mdp.counters.rollout_s > 0.0 and env.mdp.counters.decode_s > 0.0
+
+
+def test_a_reward_that_edits_the_video_is_named():
+    def dark(video, prompts):
+        return video.mul_(0).mean((1, 2, 3, 4))
+
+    env = tiny_env(reward=dark)
+    obs, _ = env.reset(seed=0)
+    with torch.no_grad(), pytest.raises(ValueError, match="reward 'dark' changed the video it was given, in place"):
+        for _ in range(env.num_steps):
+            obs, *_ = env.step(torch.zeros_like(obs["latents"]))
+    with pytest.raises(ValueError, match="reward 'dark' changed the video"):
+        env.mdp.score(torch.rand(1, 4, 3, 8, 8), ["a"])
+    with torch.inference_mode():  # nothing is counted there
+        assert env.mdp.score(torch.rand(1, 4, 3, 8, 8), ["a"]) == 0
 
 
 def test_a_video_in_bytes_is_not_encoded_as_if_it_were_between_0_and_1() -> None:

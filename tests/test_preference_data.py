@@ -378,6 +378,9 @@ def test_settings_tell_apart_what_makes_other_videos(env):
     assert differing(env=gaussian_env(noise_level=0.5)) == ["noise_level"]
     assert differing(env=gaussian_env(means=torch.ones(2, 3))) == ["network_sha256"]
     assert differing(policy=env.make_policy(lora_rank=0, guidance_scale=2.0)) == ["guidance_scale"]
+    other = sampling_settings(env, env.make_policy(lora_rank=0, guidance_scale=2.0), **options)
+    limited = env.make_policy(lora_rank=0, guidance_scale=2.0, guidance_interval=(0.2, float("inf")))
+    assert sampling_settings(env, limited, **options) == {**other, "guidance_interval": ["0.2", "inf"]}
     assert differing(policy=env.make_policy(lora_rank=2)) == []  # an adapter does not change the untrained model
     assert differing(policy=env.make_policy(lora_rank=2), weights="policy") == ["adapter_sha256"]
 

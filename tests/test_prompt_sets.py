@@ -162,7 +162,7 @@ def test_parquet_needs_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     path.write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(ImportError, match="pip install pyarrow"):
+    with pytest.raises(ImportError, match=r"pip install 'vdm-env\[parquet\]'"):
         read_prompts(path)
 
     class Column:
@@ -188,6 +188,32 @@ def test_parquet_needs_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert read_prompts(path, **KEEP) == {"train": THREE}
     path.write_bytes(b"<html>")
     with pytest.raises(ValueError, match="is no parquet file"):
+        read_prompts(path)
+
+
+def test_parquet_as_it_is(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "p.parquet"
+    parquet.write_table(arrow.table({"id": [1, 2, 3, 4], "prompt": [*THREE, None]}), path, row_group_size=2)
+    assert read_prompts(path, **KEEP) == {"train": THREE}
+    with pytest.raises(ValueError, match="has '1' in 'id', which is no text; name another column"):
+        read_prompts(path, column="id", **KEEP)
+    whole = path.read_bytes()
+    path.write_bytes(b"PAR1" + bytes(len(whole) // 3) + whole[4 + len(whole) // 3 :])  # the pages, not the footer
+    with pytest.raises(ValueError, match=f"{path.name} is damaged"):
+        read_prompts(path, **KEEP)
+
+
+def test_a_file_may_name_its_splits(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    path.write_text('{"train": ["a dog", "a  dog", "a cat"], "test": [{"prompt": "a bear"}]}')
+    assert read_prompts(path) == {"train": ["a dog", "a cat"], "test": ["a bear"]}
+    assert read_prompts(path, limit=1) == {"train": ["a dog"], "test": ["a bear"]}
+    path.write_text('{"train": ["a dog"], "test": ["A dog"]}')
+    with pytest.raises(ValueError, match="'A dog' in its splits train and test"):
+        read_prompts(path)
+    path.write_text('{"train": "a dog"}')
+    with pytest.raises(ValueError, match="holds str, expected a list"):
         read_prompts(path)
 
 
@@ -221,6 +247,8 @@ def test_arguments_are_checked(tmp_path: Path) -> None:
     for wrong in ({"limit": 0}, {"limit": True}, {"test": 1.0}, {"test": -0.1}, {"source": "Nothing"}):
         with pytest.raises(ValueError, match="expected"):
             read_prompts(path, **wrong)
+    with pytest.raises(ValueError, match="encoding='latin-x' is not known"):
+        read_prompts(path, encoding="latin-x")
     with pytest.raises(ValueError, match="for so few pass validation=0"):
         read_prompts(path, test=0.999, validation=0.0009)
     latin = tmp_path / "latin.txt"

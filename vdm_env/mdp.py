@@ -159,7 +159,11 @@ class DenoisingMDP:
         return self.model.decode(latents, frames)
 
     def score(self, video: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Reward scores [B] of videos; counted as reward queries."""
+        """Reward scores [B] of videos; counted as reward queries.
+
+        Raises:
+            ValueError: the reward changed the video in place, or gave no finite score for each.
+        """
         return self._score(video, list(prompts))[0]
 
     def gold(self, video: Tensor, prompts: Sequence[str]) -> Any | None:
@@ -187,7 +191,13 @@ class DenoisingMDP:
 
     def _score(self, video: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         started = self.clock()
+        before = _edits(video)
         scores, parts = score_parts(self.reward, video, prompts)
+        if _edits(video) != before:
+            raise ValueError(
+                f"reward {self.reward.name!r} changed the video it was given, in place; work on a copy, as in "
+                "video.mul(0.5) or video.clone()"
+            )
         self.counters.reward_s += self.clock() - started
         self.counters.reward_queries += len(video)
         if scores.requires_grad:
@@ -268,6 +278,11 @@ class DenoisingMDP:
     def _gather(self, keys: Sequence[Any]) -> Condition:
         rows = [self._conditions[key] for key in keys]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _edits(video: Tensor) -> int:
+    """How often a tensor was changed in place, as far as torch counts it (not under `torch.inference_mode`)."""
+    return 0 if video.is_inference() else video._version
 
 
 def check_prompts(model: VideoModel, prompts: PromptBook) -> bool:

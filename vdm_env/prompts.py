@@ -68,7 +68,10 @@ class PromptBook(Sequence[str]):
             ValueError: the book has no such split.
         """
         if split not in self._splits:
-            raise ValueError(f"no prompt split {split!r}; this set has {list(self._splits)}")
+            raise ValueError(
+                f"no prompt split {split!r}; this set has {list(self._splits)}: take one of these, or prompts that "
+                f"have a split {split!r}"
+            )
         return list(self._splits[split])
 
     def sha256(self, split: str) -> str:

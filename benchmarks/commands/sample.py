@@ -11,7 +11,7 @@ from typing import Any, Literal
 import tyro
 
 from benchmarks.arguments import one_line, parse, refuse
-from benchmarks.options import ProcessOptions
+from benchmarks.options import ProcessOptions, check_seed, check_target, make_env, own_prompts
 
 PROGRAM = "vdm-env sample"
 _SHOWN = 4
@@ -28,8 +28,8 @@ class SampleConfig:
     """environment, <Model>-<Reward>; None: the run's"""
     lora: str | None = None
     """folder of a run, a checkpoint, an export or a PEFT adapter; None: the untrained model alone"""
-    checkpoint: Literal["newest", "best"] = "newest"
-    """of a run's checkpoints; best: with the highest reward in an evaluation"""
+    checkpoint: Literal["newest", "best"] | int = "newest"
+    """of a run's checkpoints; best: with the highest reward in an evaluation; a number: of that update"""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """text of a video; without any, four held-out prompts of the model"""
     image: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -73,20 +73,22 @@ def prepare(config: SampleConfig) -> tuple[Any, Any, list[tuple[int, int]]]:
     seeds = config.seed or (0,)
     if Path(config.out).suffix not in (".mp4", ".gif"):
         raise ValueError(f"--out {config.out}: the name of a video ends in .mp4 or .gif")
-    if config.batch_size < 1 or min(seeds) < 0 or not (config.fps is None or config.fps > 0):
-        raise ValueError("--batch-size must be at least 1, --seed at least 0 and --fps above 0")
+    if config.batch_size < 1 or not (config.fps is None or config.fps > 0):
+        raise ValueError("--batch-size must be at least 1 and --fps above 0")
+    for seed in seeds:
+        check_seed(seed)
     if config.image and config.prompt and len(config.image) != len(config.prompt):
         raise ValueError(f"{len(config.image)} images for {len(config.prompt)} prompts: give as many")
-    from benchmarks.options import make_env, own_prompts
-    from benchmarks.trained import Trained, find, load_policy, merged
+    from benchmarks.trained import Trained, environment, find, load_policy, merged
 
     trained = Trained(weights=Path()) if config.lora is None else find(config.lora, config.checkpoint)
-    env_id = config.env or trained.env
+    env_id = environment(trained, config.env)
     if env_id is None:
         known = (
             "--lora with a run's folder" if config.lora is None else "this folder does not say what it was trained on"
         )
         raise ValueError(f"which environment? Give --env, such as --env MovingShapes-HPS ({known})")
+    check_target(config.out)
     given = own_prompts(trained.batch)
     if config.image:
         given = {"images": list(config.image), "prompts": list(config.prompt) or None}

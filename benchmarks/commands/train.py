@@ -35,6 +35,11 @@ class EvaluationOptions:
     trains with"""
     eval_videos: int = 6
     """prompts whose first video is kept"""
+    heldout: tuple[str, ...] = ()
+    """rewards that are measured in evaluations and never optimised, such as Aesthetic"""
+    stop_on_alarm: bool = False
+    """end the run where the reward goes on rising while held-out rewards, diversity or motion fall; without it that is
+    only reported (see algos/alarm.py)"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +75,11 @@ class TrainConfig:
     """remove an earlier run in its folder first"""
     checkpoint_every: int | None = None
     """updates between checkpoints, 0: at the end only; None: before each evaluation"""
+    keep_checkpoints: int = 2
+    """latest checkpoints that are kept, beside the one that evaluated best"""
+    skip_nonfinite: int = 0
+    """updates in a row that may have a gradient or a loss that is not finite; 0: the first such gradient ends the
+    run"""
     on_oom: Literal["fail", "halve_micro_batch"] = "fail"
     """where memory does not suffice for an update: end, or do it again with half the algorithm's micro_batch, which
     gives the same result"""
@@ -128,6 +138,7 @@ def check(config: TrainConfig) -> None:
     from algos.budget import seconds
     from algos.watchers import make_watchers
     from algos.zoo import recipe
+    from benchmarks.options import check_seed
 
     if config.algo is None:
         raise ValueError("which algorithm? Give one, such as --algo vader (vdm-env algos lists them)")
@@ -144,14 +155,16 @@ def check(config: TrainConfig) -> None:
         "eval_prompts": 1,
         "eval_seeds": 1,
         "num_threads": 1,
-        "seed": 0,
         "eval_videos": 0,
         "checkpoint_every": 0,
+        "keep_checkpoints": 1,
+        "skip_nonfinite": 0,
     }
     for name, value in least.items():
         given = getattr(config if hasattr(config, name) else config.evaluation, name)
         if given is not None and given < value:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {value}, got {given}")
+    check_seed(config.seed)
     make_watchers(config.watch)
     if config.resume and config.fresh:
         raise ValueError("--fresh removes the run that --resume would go on with: give one of the two")

@@ -90,13 +90,22 @@ def prompt_set(name: str) -> PromptBook:
     return PromptBook(PROMPT_SETS[name].splits(data))
 
 
-def prompts_from(named: str | Path) -> PromptBook:
-    """The book of a set's name, or of a file (see `read_prompts`); what `make(..., prompts=...)` takes as a text.
+def prompts_from(named: str | Path, **options: Any) -> PromptBook:
+    """The book of a set's name, or of a file; what `make(..., prompts=...)` takes as a text.
+
+    Args:
+        named: a name of `PROMPT_SETS`, or a path.
+        options: of `read_prompts`, for a file.
 
     Raises:
-        ValueError, FileNotFoundError, ImportError: see `prompt_set` and `read_prompts`.
+        ValueError, FileNotFoundError, ImportError: see `prompt_set` and `read_prompts`; options for a set.
     """
-    return PromptBook(read_prompts(named)) if is_prompt_file(named) else prompt_set(str(named))
+    if is_prompt_file(named):
+        return PromptBook(read_prompts(named, **options))
+    book = prompt_set(str(named))
+    if options:
+        raise ValueError(f"prompts={str(named)!r} is a set of the package, for which {sorted(options)} say nothing")
+    return book
 
 
 __all__ = [

@@ -1,16 +1,18 @@
 """Prompts from a user's file: HPSv2's, VidProM's, WebVid's, or any list of texts.
 
 Formats, by the file's ending: .txt (one prompt a line), .csv and .tsv (with a heading), .json (a list), .jsonl (one
-value a line), .parquet (with pyarrow, which is not installed with this package). Values of .json and .jsonl are texts,
-or objects with a column of texts.
+value a line), .parquet (with pyarrow, which the extra `parquet` installs). Values of .json and .jsonl are texts, or
+objects with a column of texts.
 
-The split of a text depends on the text alone: a hash of it, in lower case and with single spaces, is a number in
+A .json file may name its splits: {"train": [...], "validation": [...], "test": [...]}, each a list as above. Else the
+split of a text depends on the text alone: a hash of it, in lower case and with single spaces, is a number in
 [0, 1), whose lowest part is the test split and the next the validation split. So neither the order of the file, nor
 `limit`, nor texts added later move a prompt from one split to another.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import importlib
@@ -21,7 +23,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from vdm_env.prompts import SPLITS
+
 SUFFIXES = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet")
+SPLITS_FILE = 'a .json file that names its splits, {"train": [...], "test": [...]}'
 COLUMNS = ("prompt", "caption", "name", "text")
 """Looked for in this order where no column is named."""
 _MAX_CELL = 2**24
@@ -88,12 +93,13 @@ def read_prompts(
         encoding: of a text file; "utf-8-sig" is UTF-8 with or without a mark at its start.
 
     Returns:
-        {"train": [...], "validation": [...], "test": [...]}; a split that no text fell into is left out.
+        {"train": [...], "validation": [...], "test": [...]}; a split that no text fell into is left out. Of a .json
+        file that names its splits those, of which `limit` counts each by itself.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: an unknown format, source or column, damaged contents, another encoding, shares that do not fit, or
-            no text at all.
+        ValueError: an unknown format, source or column, damaged contents, another encoding, shares that do not fit, a
+            text in two of the splits that a file names, or no text at all.
         ImportError: a parquet file without pyarrow.
     """
     path = Path(path)
@@ -101,25 +107,33 @@ def read_prompts(
         raise ValueError(f"limit={limit!r}: expected a whole number of at least 1, or None for the whole file")
     if not (0 <= validation < 1 and 0 <= test < 1 and validation + test < 1):
         raise ValueError(f"validation={validation}, test={test}: expected shares of at least 0, below 1 together")
+    try:
+        codecs.lookup(encoding)
+    except LookupError as error:
+        raise ValueError(f"encoding={encoding!r} is not known; expected one such as utf-8 or latin-1") from error
     if source is not None:
         if source not in FROM_FILES:
             raise ValueError(f"unknown source {source!r}; expected one of {', '.join(FROM_FILES)}, or None")
         column = column or FROM_FILES[source].column
-    splits: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
-    seen: set[str] = set()
+    splits: dict[str, list[str]] = {name: [] for name in SPLITS}
+    seen: dict[str, str] = {}
     try:
-        for raw in _texts(path, column, encoding):
+        for named, raw in _texts(path, column, encoding):
             text = " ".join(raw.split())
             key = text.casefold()
+            if named is not None and seen.get(key, named) != named:
+                raise ValueError(f"{path} has {text!r} in its splits {seen[key]} and {named}; splits are disjoint")
             if not text or key in seen:
                 continue
-            seen.add(key)
-            splits[split_of(text, validation=validation, test=test)].append(text)
-            if limit is not None and len(seen) == limit:
+            seen[key] = named or split_of(text, validation=validation, test=test)
+            if limit is None or (len(seen) if named is None else len(splits[named]) + 1) <= limit:
+                splits[seen[key]].append(text)
+            elif named is None:
                 break
     except UnicodeError as error:
         raise ValueError(
-            f"{path} is not written in {encoding} ({error}); pass its encoding, for example encoding='latin-1'"
+            f"{path} is not written in {encoding} ({error}); pass its encoding, for example encoding='latin-1' "
+            "(--prompt-encoding latin-1)"
         ) from error
     except csv.Error as error:
         raise ValueError(f"{path} is no table of its ending {path.suffix} ({error}); write it again as CSV") from error
@@ -128,7 +142,7 @@ def read_prompts(
     if not splits["train"]:
         raise ValueError(
             f"none of the {len(seen)} prompts of {path} falls into the train split; for so few pass validation=0, "
-            "test=0, or give them as a list"
+            f"test=0, give them as a list, or write {SPLITS_FILE}"
         )
     return {name: texts for name, texts in splits.items() if texts}
 
@@ -143,7 +157,21 @@ def split_of(text: str, *, validation: float, test: float) -> str:
 # -------------------------------------------------------------------------------------------------------- formats
 
 
-def _texts(path: Path, column: str | None, encoding: str) -> Iterator[str]:
+def _texts(path: Path, column: str | None, encoding: str) -> Iterator[tuple[str | None, str]]:
+    """Each text with the split that the file says it is in, None where it says nothing."""
+    if path.suffix.lower() == ".json" and path.is_file():
+        values = _parse(path.read_text(encoding=encoding), path, "the file")
+        named = isinstance(values, dict) and bool(values) and set(values) <= set(SPLITS)
+        for name, part in values.items() if named else [(None, values)]:
+            if not isinstance(part, list):
+                kind = type(part).__name__
+                raise ValueError(f"{path} holds {kind}, expected a list of texts or of objects, or {SPLITS_FILE}")
+            yield from ((name, text) for text in _column(path, iter(part), column))
+    else:
+        yield from ((None, text) for text in _unsplit(path, column, encoding))
+
+
+def _unsplit(path: Path, column: str | None, encoding: str) -> Iterator[str]:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise ValueError(f"{path} ends in {suffix or 'nothing'!r}; prompts are read from {', '.join(SUFFIXES)}")
@@ -163,11 +191,6 @@ def _texts(path: Path, column: str | None, encoding: str) -> Iterator[str]:
                 yield from (row[chosen] or "" for row in rows)
             finally:
                 csv.field_size_limit(before)
-        elif suffix == ".json":
-            values = _parse(file.read(), path, "the file")
-            if not isinstance(values, list):
-                raise ValueError(f"{path} holds {type(values).__name__}, expected a list of texts or of objects")
-            yield from _column(path, iter(values), column)
         else:
             lines = (_parse(line, path, f"line {n}") for n, line in enumerate(file, start=1) if line.strip())
             yield from _column(path, lines, column)
@@ -209,7 +232,10 @@ def choose_column(path: Path, there: list[str], wanted: str | None) -> str:
             if name in there:
                 return name
     asked = f"no column {wanted!r}" if wanted is not None else f"no column called {', '.join(COLUMNS)}"
-    raise ValueError(f"{path} has {asked}; it has {', '.join(map(repr, there)) or 'none'}: name one with column=...")
+    raise ValueError(
+        f"{path} has {asked}; it has {', '.join(map(repr, there)) or 'none'}: name one with column=... "
+        "(--prompt-column ...)"
+    )
 
 
 def _parquet(path: Path, column: str | None) -> Iterator[str]:
@@ -217,12 +243,24 @@ def _parquet(path: Path, column: str | None) -> Iterator[str]:
         parquet: Any = importlib.import_module("pyarrow.parquet")
     except ImportError as error:
         raise ImportError(
-            f"{path} is a parquet file, which needs pyarrow: `pip install pyarrow`, or convert the file to CSV"
+            f"{path} is a parquet file, which needs pyarrow: pip install 'vdm-env[parquet]', or convert it to CSV"
         ) from error
     try:
         file = parquet.ParquetFile(path)
+        names = list(file.schema_arrow.names)
     except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
         raise ValueError(f"{path} is no parquet file ({error}); fetch it again") from error
-    chosen = choose_column(path, list(file.schema_arrow.names), column)
-    for batch in file.iter_batches(columns=[chosen]):
-        yield from (text or "" for text in batch.column(0).to_pylist())
+    chosen = choose_column(path, names, column)
+    batches = iter(file.iter_batches(columns=[chosen]))
+    while True:
+        try:  # the contents are read here, row group by row group
+            batch = next(batches, None)
+            texts = [] if batch is None else batch.column(0).to_pylist()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({error}); fetch it again") from error
+        if batch is None:
+            return
+        for text in texts:
+            if text is not None and not isinstance(text, str):
+                raise ValueError(f"{path} has {str(text)[:80]!r} in {chosen!r}, which is no text; name another column")
+            yield text or ""
