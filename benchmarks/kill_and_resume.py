@@ -39,6 +39,7 @@ _SMALL: dict[str, Any] = {
     "prompts": 4,
     "refresh_every": 2,
 }
+_OWN: dict[str, dict[str, Any]] = {"d3po": {"micro_batch": 8}}  # trains the videos of a group together
 _SAMPLING: dict[str, Any] = {"num_envs": 8, "num_steps": 3, "guidance_scale": 1.0}
 _GROUPS = 4
 _STATES = ("before the first file", "rows after the checkpoint", "a half-written file", "a checkpoint and no more")
@@ -69,14 +70,9 @@ def train(name: str, env_id: str, out: str, data: str, updates: int, checkpoint_
     import torch
 
     import algos
-    import vdm_env
 
     torch.set_num_threads(1)
-    algorithm_class, config_class = algos.load(name)
-    env = vdm_env.make(env_id, seed=seed, **_options(name))
-    policy = env.make_policy(seed=seed)
-    config = _small(config_class.preset(env.model.spec.name), data, seed)
-    algorithm = algorithm_class(env, policy, config)
+    env, policy, algorithm = build(name, env_id, data, seed)
     held_out = env.derive(split="test", num_envs=4, group_size=1, decode_frames=None)
     algos.run(
         algorithm,
@@ -94,6 +90,21 @@ def train(name: str, env_id: str, out: str, data: str, updates: int, checkpoint_
     )
 
 
+def build(name: str, env_id: str, data: str, seed: int) -> tuple[Any, Any, Any]:
+    """Environment, policy and algorithm of a run; `data` are preferences, for the algorithms that read them."""
+    import algos
+    import vdm_env
+
+    algorithm_class, config_class = algos.load(name)
+    env = vdm_env.make(env_id, seed=seed, **_SAMPLING, **entry(name).env)
+    policy = env.make_policy(seed=seed)
+    config = config_class.preset(env.model.spec.name)
+    names = {field.name for field in dataclasses.fields(config)}
+    wanted = {**_SMALL, **_OWN.get(name, {}), "folder": data, "seed": seed}
+    config = dataclasses.replace(config, **{key: value for key, value in wanted.items() if key in names})
+    return env, policy, algorithm_class(env, policy, config)
+
+
 def make_data(env_id: str, folder: str, seed: int) -> None:
     """Preference data, complete, for the algorithms that learn from them."""
     import torch
@@ -104,16 +115,6 @@ def make_data(env_id: str, folder: str, seed: int) -> None:
     torch.set_num_threads(1)
     env = vdm_env.make(env_id, seed=seed, **_SAMPLING)
     build_preferences(folder, env, env.make_policy(seed=seed), groups=_GROUPS, candidates=4, seed=seed)
-
-
-def _options(name: str) -> dict[str, Any]:
-    return {**_SAMPLING, **entry(name).env}
-
-
-def _small(config: Any, data: str, seed: int) -> Any:
-    names = {field.name for field in dataclasses.fields(config)}
-    wanted = {**_SMALL, "folder": data, "seed": seed}
-    return dataclasses.replace(config, **{key: value for key, value in wanted.items() if key in names})
 
 
 def compare(whole: Path, killed: Path) -> list[str]:
