@@ -30,9 +30,9 @@ def mp4(video: np.ndarray, *, fps: int = 8, scale: int = 4, crf: int = 20) -> by
         raise ValueError(f"H.264 needs an even size, got {height} x {width} px: choose an even scale")
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": str(crf), "preset": "veryfast"})
+        options = {"crf": str(crf), "preset": "veryfast", "x264-params": "mbtree=0"}  # see `vdm_env.video.REPEATABLE`
+        stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        stream.codec_context.thread_count = 1  # as in vdm_env.video: the same bytes every time
         for frame in video.repeat(scale, 1).repeat(scale, 2):
             for packet in stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")):
                 container.mux(packet)
