@@ -48,7 +48,7 @@ from benchmarks.options import UNLESS_GIVEN, ProcessOptions, chosen_frames, plac
 PROGRAM = "throughput"
 # What trades speed for memory, or changes both; a row names those that are on.
 _OPTIONS: tuple[str, ...] = ("compile", "guidance_interval", "free_text_encoder", "tile_decoding", "decode_chunk")
-_OPTIONS += ("gradient_checkpointing", "offload_activations")
+_OPTIONS += ("gradient_checkpointing", "offload_activations", "plain")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +75,8 @@ class ThroughputConfig:
     """compute the network again in the backward pass: less memory, more time"""
     offload_activations: bool = False
     """keep what is stored for the backward pass in main memory: less of the card's memory, more time"""
+    plain: bool = False
+    """the network's layers as diffusers has them, instead of the faster ones of vdm_env.models.fast_path"""
     repeats: int = 3
     """timed calls of each row"""
     num_threads: int = 2
@@ -181,6 +183,7 @@ def _make(config: ThroughputConfig) -> Any:
     import torch
 
     import vdm_env
+    from vdm_env.models.fast_path import plain
 
     options = _given(config) | {
         "device": place(config.process.device),
@@ -188,7 +191,10 @@ def _make(config: ThroughputConfig) -> Any:
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that random weights mean nothing
-        return vdm_env.make(config.env_id, **options)
+        env = vdm_env.make(config.env_id, **options)
+    if config.plain:
+        plain(env.model.denoiser)
+    return env
 
 
 def _conditions(config: ThroughputConfig, env: Any) -> dict[str, object]:

@@ -18,7 +18,7 @@ from algos.flops import Flops
 from algos.meter import Meter
 from benchmarks import ceiling, overhead, throughput, throughput_measure
 from benchmarks.ceiling import matmul_flops, measure_ceiling
-from benchmarks.throughput import main
+from benchmarks.throughput import ThroughputConfig, main
 from benchmarks.throughput_calls import BACKWARD as B
 from benchmarks.throughput_calls import FORWARD as F
 from benchmarks.throughput_calls import GRAPH_FORWARD as G
@@ -371,3 +371,13 @@ def test_help_names_every_option(capsys: Any) -> None:
     assert stop.value.code == 0 and throughput.PROGRAM in said
     for name in ("--env-id", "--algos", "--gradient-checkpointing", "--free-text-encoder", "--offload-activations"):
         assert name in said
+
+
+@pytest.mark.parametrize("env_id", ["MovingShapes-Brightness", "MovingShapesUNet-Brightness"])
+def test_the_plain_network_can_be_measured_beside_the_fast_one(env_id: str) -> None:
+    kinds = {}
+    for plain in (False, True):
+        env = throughput._make(ThroughputConfig(env_id=env_id, plain=plain))
+        kinds[plain] = {type(module).__name__ for module in env.model.denoiser.modules()}
+        assert throughput._conditions(ThroughputConfig(env_id=env_id, plain=plain), env)["options"] == "plain" * plain
+    assert "FastLinear" in kinds[False] and not any(name.startswith("Fast") for name in kinds[True])
