@@ -24,6 +24,7 @@ from algos import distributed
 from algos.preference_data import PreferenceData
 from algos.preference_files import COSTS, PreferenceWriter
 from vdm_env import noise
+from vdm_env.rewards.remote import serving_devices
 from vdm_env.starts import MAX_SEED
 
 Weights = Literal["reference", "policy"]
@@ -184,7 +185,15 @@ def sample_groups(
         reward=torch.cat(reward).reshape(shape),
         scores={name: torch.cat([row[name] for row in scores]).reshape(shape) for name in names},
         video_seeds=torch.tensor(seeds).reshape(shape),
-        cost=ranks.totals(_spent(before, env.mdp.counters, time.process_time() - cpu_before, env.mdp.device)),
+        cost=ranks.totals(
+            _spent(
+                before,
+                env.mdp.counters,
+                time.process_time() - cpu_before,
+                env.mdp.device,
+                devices=1 + serving_devices(env.mdp.reward) / ranks.world,
+            )
+        ),
     )
 
 
@@ -273,10 +282,13 @@ def _episode(env: Any, policy: Any, ids: list[int], seeds: list[int]) -> tuple[T
     return obs["latents"].cpu(), reward.cpu(), {name: value.cpu() for name, value in info["reward_parts"].items()}
 
 
-def _spent(before: Any, now: Any, cpu_s: float, device: torch.device) -> dict[str, float]:
-    """Between two states of an MDP's counters, COSTS by name; device-seconds are those of `algos.meter`."""
+def _spent(before: Any, now: Any, cpu_s: float, device: torch.device, devices: float = 1.0) -> dict[str, float]:
+    """Between two states of an MDP's counters, COSTS by name; device-seconds are those of `algos.meter`.
+
+    `devices`: held by this process, its share of those that only serve rewards included, as far as rewards say.
+    """
     spent = {name: float(getattr(now, name) - getattr(before, name)) for name in (*COSTS[1:], *_PHASES)}
-    device_s = cpu_s if device.type == "cpu" else sum(spent[name] for name in _PHASES)
+    device_s = cpu_s if device.type == "cpu" else devices * sum(spent[name] for name in _PHASES)
     return {"device_s": device_s, **{name: spent[name] for name in COSTS[1:]}}
 
 

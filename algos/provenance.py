@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from algos.meter import finite
-from vdm_env.rewards.remote import remote_parts
+from vdm_env.rewards.remote import remote_parts, serving_devices
 
 _PACKAGES = ("numpy", "gymnasium", "diffusers", "transformers", "peft", "safetensors", "torchrl")
 
@@ -35,7 +35,7 @@ def provenance(
     remote = remote_parts(reward)
     silent = [str(part.name) for part in remote if part.devices is None] if reward_devices is None else []
     if reward_devices is None:
-        reward_devices = sum(int(part.devices or 0) for part in remote)
+        reward_devices = serving_devices(reward)
     commit = _git("rev-parse", "HEAD")
     return {
         "git_commit": commit,

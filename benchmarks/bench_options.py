@@ -164,8 +164,9 @@ def _optimised(benchmark: Benchmark) -> dict[str, str]:
     """{reward: who optimises it}: the terms of the environment's reward, and of those that arms have instead."""
     from vdm_env.registry import parse_id
 
-    found = dict.fromkeys(parse_id(benchmark.env_id)[1], benchmark.env_id)
-    for owner, options in [(benchmark.env_id, benchmark.sampling), *((arm.label, arm.env) for arm in benchmark.arms)]:
+    own = {"reward": parse_id(benchmark.env_id)[1], **(benchmark.sampling or {})}
+    found: dict[str, str] = {}
+    for owner, options in [(benchmark.env_id, own), *((arm.label, arm.env) for arm in benchmark.arms)]:
         reward = (options or {}).get("reward", ())
         found |= dict.fromkeys([reward] if isinstance(reward, str) else reward, owner)
     return found

@@ -116,16 +116,18 @@ def _done(config: CurvesConfig) -> set[int]:
         ValueError: the run of a seed is another one than the one asked for; the message names what differs.
     """
     found = set()
-    for seed in config.seeds:
-        folder = _folder(config, seed)
-        if (folder / "run.json").exists():
-            if keys := _differing(config, seed, folder):
-                raise ValueError(
-                    f"{folder} holds another run, which differs in {'; '.join(keys)}. Run it as it was, choose another "
-                    "--out, or remove the folder"
-                )
-            if (folder / "DONE").exists():
-                found.add(seed)
+    # Seeds that are not asked for too: the report draws them on the same curve.
+    for record in sorted(_folder(config, config.seeds[0]).parent.glob("seed_*/run.json")):
+        folder, number = record.parent, record.parent.name.removeprefix("seed_")
+        if not number.isdecimal():
+            continue
+        if keys := _differing(config, int(number), folder):
+            raise ValueError(
+                f"{folder} holds another run, which differs in {'; '.join(keys)}. Run it as it was, choose another "
+                "--out, or remove the folder"
+            )
+        if int(number) in config.seeds and (folder / "DONE").exists():
+            found.add(int(number))
     return found
 
 

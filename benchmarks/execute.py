@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import signal
@@ -17,6 +16,7 @@ from typing import Any, Literal
 
 from benchmarks.arguments import one_line
 from benchmarks.plan import Arm, Benchmark, run_folder
+from benchmarks.records import json_object
 
 Say = Callable[[str], None]
 _ENDINGS = ("DONE", "INTERRUPTED", "FAILED")
@@ -102,9 +102,9 @@ def differing(job: Job) -> list[str]:
     if not path.exists():
         return []
     try:
-        old = json.loads(path.read_text(encoding="utf-8"))
+        old = json_object(path)
     except ValueError as error:
-        raise ValueError(f"{path} is broken: {error}; remove the run with --fresh") from error
+        raise ValueError(f"{error}, or remove the run with --fresh") from error
     from algos.run_files import differences
 
     new = expected(job, str(old.get("task", {}).get("model_id")))

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _BUDGETS = ("budget_device_s", "budget_updates")
-_OF_TASK = ("arm", "policy", "num_envs", "group_size")
+_OF_TASK = ("arm", "policy", "process", "num_envs", "group_size")
 
 
 def settings(about: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,8 +34,8 @@ def flat(tree: Any, path: str = "") -> dict[str, Any]:
 def differing(abouts: Sequence[Mapping[str, Any]]) -> list[str]:
     """In what runs of one algorithm differ beside their seeds: ["config.learning_rate (0.001, 0.002)"].
 
-    What is not there counts as None: an older run.json does not know every field. A text that carries the run's seed,
-    such as the folder of its own data, and a seed that follows it are no differences.
+    What is not there counts as None: an older run.json does not know every field. Texts that are the same but for
+    the run's seed in them, such as the folders of their own data, and seeds that follow it are no differences.
 
     Args:
         abouts: their run.json.
@@ -45,7 +45,7 @@ def differing(abouts: Sequence[Mapping[str, Any]]) -> list[str]:
     found = []
     for key in dict.fromkeys(key for one in every for key in one):
         values = [one.get(key) for one in every]
-        if all(_carries(key, value, seed) for value, seed in zip(values, seeds, strict=True)):
+        if set.intersection(*(_without_seed(key, value, seed) for value, seed in zip(values, seeds, strict=True))):
             continue
         told = dict.fromkeys(json.dumps(value) for value in values)
         if len(told) > 1:
@@ -53,7 +53,12 @@ def differing(abouts: Sequence[Mapping[str, Any]]) -> list[str]:
     return found
 
 
-def _carries(key: str, value: Any, seed: int) -> bool:
+def _without_seed(key: str, value: Any, seed: int) -> set[str]:
+    """What a value is with its run's seed taken out, at one place or at all of them; nothing where it has none."""
     if key.endswith("seed"):
-        return value == seed
-    return isinstance(value, str) and re.search(rf"(?<!\d){seed}(?!\d)", value) is not None
+        return {"seed"} if value == seed else set()
+    if not isinstance(value, str):
+        return set()
+    pattern = rf"(?<!\d){seed}(?!\d)"
+    once = {f"{value[: at.start()]}\0{value[at.end() :]}" for at in re.finditer(pattern, value)}
+    return once | ({re.sub(pattern, "\0", value)} if once else set())

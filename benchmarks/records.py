@@ -26,7 +26,7 @@ _SAME = (
 _SAME_TASK = (
     "reward_train", "model_id", "num_frames", "height_px", "width_px", "num_steps", "sampler", "noise_level",
     "guidance_scale", "guidance_interval", "prompts_train_sha256", "prompts_test_sha256", "eval_prompt_ids",
-    "eval_noise_seeds", "eval_split", "heldout", "diversity_features",
+    "eval_noise_seeds", "eval_split", "heldout", "diversity_features", "process",
 )  # fmt: skip
 
 

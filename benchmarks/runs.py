@@ -14,6 +14,7 @@ from benchmarks.commands.train import TrainConfig
 from benchmarks.configs import to_mapping, write_yaml
 from benchmarks.evaluation import evaluators
 from benchmarks.options import (
+    UNLESS_GIVEN,
     chosen_frames,
     make_env,
     make_policy,
@@ -30,6 +31,13 @@ from benchmarks.training import Built, Setup, SetupError, build_algorithm, descr
 
 CONFIG = "config.yaml"
 QUESTION = "Does training raise the reward on prompts it did not see?"
+_NUMBERS = (
+    "weights",
+    "scale",
+    "compile",
+    "tile_decoding",
+    "decode_chunk",
+)  # of the process: they change what comes out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +223,9 @@ def _task(config: TrainConfig, built: Resolved, command: str) -> dict[str, Any]:
     own = {"algo_name": config.algo} if ":" in str(config.algo) else {}
     policy = asdict(config.policy)
     policy.pop("offload_activations")  # changes no number, and a run that lacks memory may go on with it
-    return {**task, **own, "policy": policy}
+    asked = {name: getattr(config.process, name) for name in _NUMBERS}
+    asked = {name: value for name, value in asked.items() if value not in (None, UNLESS_GIVEN.get(name))}
+    return {**task, **own, "policy": policy, **({"process": asked} if asked else {})}
 
 
 def results(folder: Path) -> list[str]:

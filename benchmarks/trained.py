@@ -94,7 +94,8 @@ def _of_run(folder: Path, which: Which) -> Trained:
 def _settings(folder: Path) -> Trained:
     """What a folder's config.yaml says, if there is one.
 
-    Device, compilation and what becomes of the text encoder change no video and are this machine's choice.
+    Device, compilation (rounding apart) and what becomes of the text encoder change no video: they are this machine's
+    choice.
     """
     if not (folder / CONFIG).is_file():
         return Trained(weights=folder)

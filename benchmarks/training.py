@@ -187,7 +187,6 @@ def build(arm: Arm, setup: Setup, seed: int, *, device: str = "cpu", strict: boo
     """
     import vdm_env
     from algos.zoo import recipe
-    from vdm_env.guidance import as_interval
 
     found = recipe(arm.algo)
     sampling = dict(SAMPLING if setup.sampling is None else setup.sampling)
@@ -197,10 +196,9 @@ def build(arm: Arm, setup: Setup, seed: int, *, device: str = "cpu", strict: boo
     )
     shown = {**sampling, **arm.env} if arm.evaluate_as_trained else sampling
     splits = (setup.split, *setup.further_splits)
-    trained_with = policy.guidance_scale, policy.guidance_interval
     guidance, interval = shown.get("guidance_scale", env.model.spec.guidance_scale), shown.get("guidance_interval")
     if arm.evaluate_as_trained:
-        guidance, interval = trained_with
+        guidance, interval = policy.guidance_scale, policy.guidance_interval
     return Built(
         env=env,
         policy=policy,
@@ -211,8 +209,8 @@ def build(arm: Arm, setup: Setup, seed: int, *, device: str = "cpu", strict: boo
             num_prompts=setup.num_prompts,
             noise_seeds=setup.noise_seeds,
             heldout=setup.heldout,
-            guidance_scale=None if (guidance, as_interval(interval)) == trained_with else guidance,
-            guidance_interval=interval,
+            guidance_scale=guidance,
+            guidance_interval=None if guidance == 1.0 else interval,
             num_envs=shown.get("num_envs", env.num_envs),
             **_as_planned(env, setup.env_id, shown, arm),
         ),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import cli, execute, one_curve, reward_vs_gpu_hours
+from benchmarks import bench_options, cli, execute, one_curve, reward_vs_gpu_hours
 from benchmarks.bench_options import Options, benchmark_of
 from benchmarks.conditions import limits, setup
 from benchmarks.execute import Outcome
@@ -270,3 +270,36 @@ def test_a_record_says_whose_runs_it_is(tmp_path: Path) -> None:
     folder = write_run(tmp_path, "vader", status="FAILED")
     (folder / "FAILED").write_text(json.dumps({"update": 3}))
     assert read_run(folder).reason == ""
+
+
+@pytest.mark.parametrize(
+    ("values", "same"),
+    [
+        (("data/v0", "data/v1"), True),
+        (("v0/seed_0", "v1/seed_1"), True),
+        (("v1/seed_0", "v1/seed_1"), True),
+        (("data/v0", "other/x-1"), False),
+        (("data/v0", "data/v2"), False),
+        (("frames 10", "frames 11"), False),
+    ],
+)
+def test_texts_may_differ_in_the_seed_of_their_run_alone(values: tuple[str, str], same: bool) -> None:
+    abouts = [{"seed": seed, "config": {"folder": value}} for seed, value in enumerate(values)]
+    assert (one_curve.differing(abouts) == []) is same
+
+
+def test_a_reward_that_the_sampling_replaced_may_be_held_out() -> None:
+    replaced = Benchmark(
+        name="b", arms=[Arm(label="vader", algo="vader")], updates=1, heldout=("HPS",),
+        env_id="MovingShapes-HPS", sampling={"reward": {"Brightness": 1.0}},
+    )  # fmt: skip
+    assert "HPS" not in bench_options._optimised(replaced) and "Brightness" in bench_options._optimised(replaced)
+
+
+def test_a_record_that_is_no_object_is_named_by_the_benchmark(tmp_path: Path) -> None:
+    benchmark = Benchmark(name="b", arms=[Arm(label="vader", algo="vader")], seeds=(0,), updates=1)
+    (job,) = execute.jobs(benchmark, out=str(tmp_path), command="")
+    job.folder.mkdir(parents=True)
+    (job.folder / "run.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"run\.json is broken: it holds list.*--fresh"):
+        execute.differing(job)

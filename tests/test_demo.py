@@ -248,7 +248,7 @@ def fake_env(name: str, world: str | None) -> Any:
     return SimpleNamespace(
         model=SimpleNamespace(spec=SimpleNamespace(name=name, world=world)),
         mdp=SimpleNamespace(num_frames=8, height=32, width=32, sampler="ddim", noise_level=1.0),
-        config=SimpleNamespace(guidance_scale=1.0),
+        config=SimpleNamespace(guidance_scale=1.0, guidance_interval=None),
         prompts=SimpleNamespace(sha256=lambda split: split),
         num_steps=5, num_envs=16, group_size=1,
     )  # fmt: skip
@@ -319,3 +319,14 @@ def test_names_of_the_zoo() -> None:
         assert getattr(algos, entry.algorithm) is algorithm and entry.algorithm in dir(algos)
     with pytest.raises(AttributeError, match="VADER"):
         _ = algos.NoSuchAlgorithm
+
+
+def test_a_seed_that_would_stand_on_a_curve_with_others_is_refused_before_any_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use(monkeypatch, curves)
+    assert run_curves(tmp_path, "--seeds", "0") == 0
+    fake = use(monkeypatch, curves)
+    assert run_curves(tmp_path, "--seeds", "1", "--budget", "99s") == 2
+    said = capsys.readouterr().err
+    assert "seed_0 holds another run" in said and "budget_device_s" in said and not fake.calls

@@ -226,3 +226,15 @@ def test_a_text_is_projected_once_for_a_video_and_less_is_copied(monkeypatch: py
 def test_other_networks_are_refused() -> None:
     with pytest.raises(TypeError, match="no fast path for Linear, only for UNet3DConditionModel"):
         fast(nn.Linear(2, 2))
+
+
+def test_the_fast_product_leaves_function_transforms_and_forward_mode_to_the_plain_layer() -> None:
+    layer = fast_path.FastLinear(128, 128)
+    x = torch.randn(2048, 128, generator=torch.Generator().manual_seed(0))
+    assert x.numel() * layer.out_features >= fast_path.LARGE_PRODUCT
+    by_transform = torch.func.grad(lambda x: layer(x).square().sum())(x)
+    free = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(layer(free).square().sum(), free)
+    torch.testing.assert_close(by_transform, gradient, rtol=1e-4, atol=1e-4)
+    out, tangent = torch.func.jvp(layer, (x,), (x,))
+    torch.testing.assert_close(tangent, out - layer.bias, rtol=1e-4, atol=1e-4)

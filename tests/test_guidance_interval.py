@@ -13,6 +13,7 @@ from algos.ddpo import DDPO, DDPOConfig
 from tests.every_model import small_env
 from tests.models import tiny_env
 from tests.svd import svd_env, tiny_svd
+from vdm_env import make
 from vdm_env.guidance import as_interval, inside, relative_noise
 from vdm_env.models.svd import SVD_SCHEDULE
 from vdm_env.models.unet3d import LVDM_SCHEDULE, SD_SCHEDULE
@@ -179,3 +180,9 @@ def test_what_does_nothing_is_refused() -> None:
         env.derive(guidance_interval=(0.5, 2.0), guidance_scale=1.0)
     with pytest.raises(ValueError, match="which is none"):
         env.make_policy(guidance_interval=(0.5, 2.0), guidance_scale=1.0)
+
+
+def test_a_policy_that_would_never_guide_is_refused() -> None:
+    env = make("MovingShapes-Brightness", num_envs=1, num_steps=3)
+    with pytest.raises(ValueError, match="guidance_interval"):
+        env.make_policy(guidance_scale=5.0, guidance_interval=(1e6, 1e7))

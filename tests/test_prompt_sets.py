@@ -254,3 +254,25 @@ def test_arguments_are_checked(tmp_path: Path) -> None:
     latin = tmp_path / "latin.txt"
     latin.write_bytes("un café".encode("latin-1"))
     assert read_prompts(latin, encoding="latin-1", **KEEP) == {"train": ["un café"]}
+
+
+def test_a_file_that_names_its_splits_is_told_to_name_the_one_that_lacks(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps({"test": ["x y", "z"]}))
+    with pytest.raises(ValueError, match='give it a list "train"$'):
+        read_prompts(path)
+
+
+def test_a_limit_reads_no_further(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": "b"}\n{damaged')
+    found = read_prompts(path, limit=2, validation=0.0, test=0.0)
+    assert found == {"train": ["a", "b"]}
+
+
+@pytest.mark.parametrize("encoding", ["base64", "nonsense"])
+def test_an_encoding_that_is_none_of_text_is_refused(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a\nb\n")
+    with pytest.raises(ValueError, match="is not known"):
+        read_prompts(path, encoding=encoding)

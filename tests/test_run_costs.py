@@ -23,7 +23,7 @@ from algos.run_files import differences
 from vdm_env.errors import RemoteRewardError
 from vdm_env.rewards import RemoteReward, WeightedSum, as_reward
 from vdm_env.rewards.combine import Part
-from vdm_env.rewards.remote import remote_parts
+from vdm_env.rewards.remote import remote_parts, serving_devices
 from vdm_env.rewards.server import RewardServer
 
 RUN = sys.modules["algos.run"]  # the name `algos.run` is the function's
@@ -273,3 +273,10 @@ def test_memory_of_an_evaluation_is_not_that_of_the_next_update(monkeypatch):
     with meter.phase("checkpoint"):
         use(2)
     assert meter.row(2, {})["peak_allocated_gib"] == 4.0
+
+
+def test_devices_that_are_no_number_are_a_rewards_own_business():
+    class Sharded:
+        devices = ["cuda:0", "cuda:1"]
+
+    assert remote_parts(Sharded()) == [] and serving_devices(Sharded()) == 0

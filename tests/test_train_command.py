@@ -155,4 +155,16 @@ def test_an_arm_that_trains_with_an_interval_is_evaluated_without():
     assert isinstance(evaluator, AtGuidance) and evaluator.env.config.guidance_interval is None
     shared = Setup(**{**vars(setup), "sampling": {**sampling, "guidance_interval": (0.0, 1e3)}})
     (same,) = build_arm(arm, shared, 0, strict=False).evaluators
-    assert not isinstance(same, AtGuidance) and same.env.config.guidance_interval == (0.0, 1e3)
+    assert same.guidance_scale == 2.0 and same.env.config.guidance_interval == (0.0, 1e3)
+
+
+def test_an_arm_that_is_evaluated_as_trained_has_its_own_guidance():
+    sampling = {"num_envs": 2, "num_steps": 2, "num_frames": 2, "guidance_scale": 1.0}
+    setup = Setup(env_id="MovingShapes-Brightness", sampling=sampling, num_prompts=1)
+    arm = Arm(
+        label="x", algo="vader", policy={"lora_rank": 1, "guidance_scale": 5.0, "guidance_interval": (0.0, 1e3)},
+        settings={"videos_per_update": 2}, evaluate_as_trained=True,
+    )  # fmt: skip
+    (evaluator,) = build_arm(arm, setup, 0, strict=False).evaluators
+    config = evaluator.env.config
+    assert (evaluator.guidance_scale, config.guidance_scale, config.guidance_interval) == (5.0, 5.0, (0.0, 1e3))

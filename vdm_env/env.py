@@ -36,7 +36,7 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from vdm_env.config import EnvConfig
-from vdm_env.guidance import check_grid, check_some_guidance
+from vdm_env.guidance import as_interval, check_grid, check_some_guidance
 from vdm_env.mdp import DenoisingMDP
 from vdm_env.policy import DenoisingPolicy
 from vdm_env.rewards.base import as_reward
@@ -313,6 +313,8 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
         if "guidance_interval" in options:
             check_some_guidance(options["guidance_interval"], scale)
         options.setdefault("guidance_interval", self.config.guidance_interval)
+        interval = as_interval(options["guidance_interval"])
+        check_grid(interval, scale, self.mdp.schedule, self.mdp.base_table.timesteps)
         return DenoisingPolicy(self.mdp, **options)
 
     def derive(self, **changes: Any) -> DenoisingVectorEnv:

@@ -73,6 +73,8 @@ class FastLinear(nn.Linear):
             return super().forward(x)
         if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):  # both choose kernels of their own
             return super().forward(x)
+        if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+            return super().forward(x)  # the product has no rule for `torch.func` and for forward mode
         return _OneDnnProduct.apply(x, self.weight, self.bias)
 
 

@@ -12,7 +12,6 @@ split of a text depends on the text alone: a hash of it, in lower case and with 
 
 from __future__ import annotations
 
-import codecs
 import csv
 import hashlib
 import importlib
@@ -108,7 +107,7 @@ def read_prompts(
     if not (0 <= validation < 1 and 0 <= test < 1 and validation + test < 1):
         raise ValueError(f"validation={validation}, test={test}: expected shares of at least 0, below 1 together")
     try:
-        codecs.lookup(encoding)
+        "a".encode(encoding)
     except LookupError as error:
         raise ValueError(f"encoding={encoding!r} is not known; expected one such as utf-8 or latin-1") from error
     if source is not None:
@@ -117,18 +116,19 @@ def read_prompts(
         column = column or FROM_FILES[source].column
     splits: dict[str, list[str]] = {name: [] for name in SPLITS}
     seen: dict[str, str] = {}
+    said = False
     try:
         for named, raw in _texts(path, column, encoding):
-            text = " ".join(raw.split())
+            text, said = " ".join(raw.split()), said or named is not None
             key = text.casefold()
             if named is not None and seen.get(key, named) != named:
                 raise ValueError(f"{path} has {text!r} in its splits {seen[key]} and {named}; splits are disjoint")
             if not text or key in seen:
                 continue
-            seen[key] = named or split_of(text, validation=validation, test=test)
-            if limit is None or (len(seen) if named is None else len(splits[named]) + 1) <= limit:
-                splits[seen[key]].append(text)
-            elif named is None:
+            split = seen[key] = named or split_of(text, validation=validation, test=test)
+            if named is None or limit is None or len(splits[split]) < limit:
+                splits[split].append(text)
+            if named is None and len(seen) == limit:
                 break
     except UnicodeError as error:
         raise ValueError(
@@ -140,9 +140,10 @@ def read_prompts(
     if not seen:
         raise ValueError(f"{path} has no prompt; expected at least one non-empty text")
     if not splits["train"]:
+        ways = f"for so few pass validation=0, test=0, give them as a list, or write {SPLITS_FILE}"
         raise ValueError(
-            f"none of the {len(seen)} prompts of {path} falls into the train split; for so few pass validation=0, "
-            f"test=0, give them as a list, or write {SPLITS_FILE}"
+            f"none of the {len(seen)} prompts of {path} falls into the train split; "
+            + ('give it a list "train"' if said else ways)
         )
     return {name: texts for name, texts in splits.items() if texts}
 

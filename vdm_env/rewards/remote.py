@@ -133,10 +133,19 @@ class RemoteReward:
 
 
 def remote_parts(reward: Any) -> list[Any]:
-    """The parts of a reward that are scored elsewhere: those with an attribute `devices`, its accelerators or None."""
-    if hasattr(reward, "devices"):
+    """The parts of a reward that are scored elsewhere: those whose attribute `devices` is None or a whole number.
+
+    It is the number of the accelerators there; None is an unknown one. Anything else is the reward's own business.
+    """
+    devices = getattr(reward, "devices", False)
+    if devices is None or (isinstance(devices, int) and not isinstance(devices, bool)):
         return [reward]
     return [part for term in getattr(reward, "terms", ()) for part in remote_parts(getattr(term, "reward", None))]
+
+
+def serving_devices(reward: Any) -> int:
+    """Accelerators that only serve a reward, as far as it says."""
+    return sum(int(part.devices or 0) for part in remote_parts(reward))
 
 
 def _read_health(content: bytes) -> dict[str, Any]:
