@@ -230,9 +230,12 @@ class Watchers:
     ) -> None:
         self._watchers, self._say, self._device = list(watchers), say, device
 
+    def __bool__(self) -> bool:
+        return bool(self._watchers)
+
     def evaluated(self, update: int, every: Sequence[Evaluation], fps: float) -> None:
         """Tells of evaluations of several splits after an update: means, and the videos of the first."""
-        if not self._watchers:
+        if not self:
             return
         names: dict[str, tuple[Evaluation, str]] = {}
         for number, one in enumerate(every):
