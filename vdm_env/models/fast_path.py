@@ -98,8 +98,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     One pass over x instead of eight over halves of it; the same products and sums.
     """
-    wide = torch.promote_types(x.dtype, cos.dtype)
-    turned = torch.view_as_complex(x.to(wide).unflatten(-1, (-1, 2))) * torch.complex(cos[..., 0::2], sin[..., 1::2])
+    wide = torch.promote_types(torch.promote_types(x.dtype, cos.dtype), torch.float32)  # no complex numbers below
+    angles = torch.complex(cos[..., 0::2].to(wide), sin[..., 1::2].to(wide))
+    turned = torch.view_as_complex(x.to(wide).unflatten(-1, (-1, 2))) * angles
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 

@@ -20,7 +20,7 @@ def resting_place(device: torch.device | str) -> str:
 
 @contextmanager
 def visiting(encoder: nn.Module, device: torch.device) -> Iterator[None]:
-    """Inside, the encoder is on the device; afterwards it rests in main memory again.
+    """Inside, the encoder is on the device; afterwards it rests where it did before: in main memory.
 
     A visit inside a visit moves nothing.
     """
@@ -28,9 +28,10 @@ def visiting(encoder: nn.Module, device: torch.device) -> Iterator[None]:
         yield
         return
     _VISITORS.add(encoder)
+    home = next(encoder.parameters()).device
     try:
         encoder.to(device)
         yield
     finally:
         _VISITORS.discard(encoder)
-        encoder.to(resting_place(device))
+        encoder.to(str(home))
