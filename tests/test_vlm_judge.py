@@ -5,9 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from serving import served
 from torch import Tensor
 
 from vdm_env import check_reward
@@ -65,17 +65,8 @@ class JudgeHandler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None: ...
 
 
-@contextmanager
-def judging(reply: Callable[[int, dict[str, Any]], str | None]) -> Iterator[Judge]:
-    server = Judge(reply)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+def judging(reply: Callable[[int, dict[str, Any]], str | None]) -> AbstractContextManager[Judge]:
+    return served(Judge(reply))
 
 
 def pictures(content: dict[str, Any]) -> Tensor:
