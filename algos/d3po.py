@@ -32,14 +32,17 @@ from algos.rollout import Rollout, collect, gathered
 from algos.training import (
     adamw,
     check_choice,
+    check_groups,
     check_not_negative,
     check_positive,
+    noisy_steps,
     num_batches,
     optimiser_step,
     pick_preset,
     reward_metrics,
     start_stream,
 )
+from vdm_env.host import take, upload
 
 METRICS = ("loss", "implicit_accuracy", "margin", "ratio_winner", "ratio_loser", "clip_fraction")
 Part = tuple[Rollout, Tensor]
@@ -118,18 +121,8 @@ class D3PO:
     """
 
     def __init__(self, env: Any, policy: Any, config: D3POConfig) -> None:
-        self.steps = env.mdp.base_table.stochastic.nonzero().flatten().tolist()
-        if not self.steps:
-            raise ValueError(
-                f"D3PO compares how likely noisy denoising steps are, and {env.mdp.base_table.name!r} at this noise "
-                f"level has none; make the env with noise_level > 0 (and a sampler that has noise), or use "
-                f"DiffusionDPO, which needs none"
-            )
-        if env.group_size < 2:
-            raise ValueError(
-                f"D3PO compares videos of one prompt, but the env has group_size={env.group_size}; make it with "
-                f"group_size=8 (2 or more), or use DDPO with advantage='per_prompt', which needs no groups"
-            )
+        self.steps = noisy_steps(env, "D3PO", instead="DiffusionDPO")
+        check_groups(env, "D3PO", "use DDPO with advantage='per_prompt', which needs no groups")
         self.env, self.policy, self.config = env, policy, config
         self.batches = num_batches(config.videos_per_update, env, "videos_per_update")
         self.least_micro_batch = env.group_size
@@ -213,15 +206,18 @@ class D3PO:
         steps, ranks = self._deal_steps(), distributed.current()
         total = ranks.total(sum(len(pairs) for _, pairs in parts)) * len(steps)
         totals = dict.fromkeys(METRICS, 0.0)
+        seen: list[tuple[float, dict[str, Tensor]]] = []
         self.optimizer.zero_grad(set_to_none=True)  # of a step that failed half-way, out of memory for instance
         for rollout, pairs in parts:
             for k in steps:
                 loss, metrics = self._loss(rollout, pairs, k)
                 share = len(pairs) / total
                 (loss * share).backward()
-                for name, value in {"loss": loss.detach(), **metrics}.items():
-                    totals[name] += share * float(value)
+                seen.append((share, {"loss": loss.detach(), **metrics}))
         norm = optimiser_step(self.optimizer, self.parameters, self.config.max_grad_norm)
+        for share, values in seen:  # not before: each look at a number makes an accelerator wait
+            for name, value in values.items():
+                totals[name] += share * float(value)
         return {**ranks.totals(totals), "grad_norm": float(norm)}
 
     def _deal_steps(self) -> list[int]:
@@ -234,12 +230,12 @@ class D3PO:
         """Of some pairs at one denoising step; each video runs through the networks once, in however many pairs."""
         c = self.config
         videos, place = pairs.unique(return_inverse=True)
-        obs = {name: value[videos.to(value.device)] for name, value in rollout.observations[k].items()}
-        action = rollout.actions[k][videos.to(rollout.actions[k].device)]
+        obs = take(rollout.observations[k], videos)
+        action = rollout.actions[k][upload(videos, self.env.device)]
         with torch.no_grad(), self.policy.reference():
             reference = self.policy.dist(obs).log_prob(action)
         log_prob = self.policy.dist(obs).log_prob(action)
-        winners_first = place.T.reshape(-1).to(log_prob.device)
+        winners_first = upload(place.T.reshape(-1), log_prob.device)
         return d3po_loss(log_prob[winners_first], reference[winners_first], c.beta, c.clip_range)
 
     def state_dict(self) -> dict[str, Any]:

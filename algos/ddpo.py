@@ -26,9 +26,11 @@ from algos.rollout import Rollout, collect, gathered, rows
 from algos.training import (
     adamw,
     check_choice,
+    check_groups,
     check_not_negative,
     check_positive,
     free_elements,
+    noisy_steps,
     num_batches,
     optimiser_step,
     pick_preset,
@@ -123,19 +125,9 @@ class DDPO:
     """
 
     def __init__(self, env: Any, policy: Any, config: DDPOConfig) -> None:
-        # the env's own table: `env.mdp.table` is that of its last reset, which may have had other noise levels
-        table = env.mdp.base_table
-        self.steps: list[int] = table.stochastic.nonzero().flatten().tolist()
-        if not self.steps:
-            raise ValueError(
-                f"DDPO learns from the sampler's noise, and {table.name!r} at this noise level has none; make "
-                f"the env with noise_level > 0 (and a sampler that has noise), or use VADER, which needs none"
-            )
-        if config.advantage == "group" and env.group_size < 2:
-            raise ValueError(
-                f"advantage='group' compares videos of one prompt, but the env has group_size={env.group_size}; "
-                f"make it with group_size=8, or set advantage='per_prompt' or 'batch'"
-            )
+        self.steps = noisy_steps(env, "DDPO")
+        if config.advantage == "group":
+            check_groups(env, "advantage='group'", "set advantage='per_prompt' or 'batch'")
         if config.videos_per_rollout < 2:
             raise ValueError("videos_per_rollout is 1: one reward has no spread to be normalised by; sample at least 2")
         self.env, self.policy, self.config = env, policy, config

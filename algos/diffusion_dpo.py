@@ -26,6 +26,7 @@ from algos.rollout import sample_videos
 from algos.training import (
     adamw,
     check_choice,
+    check_groups,
     check_not_negative,
     check_positive,
     num_batches,
@@ -107,11 +108,7 @@ class DiffusionDPO:
     """
 
     def __init__(self, env: Any, policy: Any, config: DiffusionDPOConfig) -> None:
-        if env.group_size < 2:
-            raise ValueError(
-                f"DiffusionDPO compares videos of one prompt, but the env has group_size={env.group_size}; make it "
-                f"with group_size=8 (2 or more), or use DDPO with advantage='per_prompt', which needs no groups"
-            )
+        check_groups(env, "DiffusionDPO", "use DDPO with advantage='per_prompt', which needs no groups")
         self.env, self.policy, self.config = env, policy, config
         self.batches = num_batches(config.videos_per_update, env, "videos_per_update")
         n, groups = env.group_size, config.videos_per_update // env.group_size

@@ -36,6 +36,7 @@ from algos.rollout import sample_videos
 from algos.training import (
     adamw,
     check_choice,
+    check_groups,
     check_not_negative,
     check_positive,
     num_batches,
@@ -44,6 +45,7 @@ from algos.training import (
     reward_metrics,
     start_stream,
 )
+from vdm_env.host import shared, upload
 
 Comparison = Literal["group", "update", "threshold"]
 METRICS = ("loss", "implicit_accuracy", "desirable_change", "undesirable_change")
@@ -179,11 +181,8 @@ class DiffusionKTO:
     """
 
     def __init__(self, env: Any, policy: Any, config: DiffusionKTOConfig) -> None:
-        if config.labels == "group" and env.group_size < 2:
-            raise ValueError(
-                f"labels='group' compares videos of one prompt, but the env has group_size={env.group_size}; make it "
-                f"with group_size=8 (2 or more), or set labels='update' or 'threshold'"
-            )
+        if config.labels == "group":
+            check_groups(env, "labels='group'", "set labels='update' or 'threshold'")
         if config.labels == "update" and config.videos_per_update < 2:
             raise ValueError("videos_per_update is 1: a video is not better than itself; sample at least 2")
         self.env, self.policy, self.config = env, policy, config
@@ -260,9 +259,9 @@ class DiffusionKTO:
 
     def _noised(self, clean: Tensor, prompt_id: Tensor, noise_seed: Tensor, t: Tensor) -> Noised:
         mdp = self.env.mdp
-        x0 = clean.to(self.env.device)
-        noise = noise_of(noise_seed, clean.shape[1:]).to(x0)
-        t = t.to(x0.device)
+        x0 = upload(clean, self.env.device)
+        noise = upload(noise_of(noise_seed, clean.shape[1:]), self.env.device, x0.dtype)
+        t = shared(t, self.env.device)
         return mdp.add_noise(x0, noise, t), t, prompt_id, mdp.target(x0, noise, t)
 
     def _reference(self, part: Noised) -> Tensor:

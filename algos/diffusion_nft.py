@@ -41,6 +41,7 @@ from algos.rollout import sample_videos
 from algos.training import (
     adamw,
     check_choice,
+    check_groups,
     check_not_negative,
     check_positive,
     num_batches,
@@ -49,6 +50,7 @@ from algos.training import (
     reward_metrics,
     start_stream,
 )
+from vdm_env.host import shared, upload
 
 Decay = Literal["type1", "type2", "none"]
 METRICS = ("loss", "positive_error", "negative_error", "reference_error", "old_error")
@@ -148,11 +150,7 @@ class DiffusionNFT:
 
     def __init__(self, env: Any, policy: Any, config: DiffusionNFTConfig) -> None:
         check_one_clip(env, "DiffusionNFT")
-        if env.group_size < 2:
-            raise ValueError(
-                f"DiffusionNFT compares videos of one prompt, but the env has group_size={env.group_size}; make it "
-                f"with group_size=8 (2 or more), or use DDPO with advantage='per_prompt', which needs no groups"
-            )
+        check_groups(env, "DiffusionNFT", "use DDPO with advantage='per_prompt', which needs no groups")
         self.env, self.policy, self.config = env, policy, config
         self.batches = num_batches(config.videos_per_update, env, "videos_per_update")
         self.parameters = policy.trainable_parameters()
@@ -215,7 +213,7 @@ class DiffusionNFT:
 
     def _deal_timesteps(self, videos: int) -> Tensor:
         """Timesteps of the sampler's grid each video is trained at, in an order of its own: [videos, n]."""
-        grid = self.env.mdp.table.timesteps.cpu()
+        grid = self.env.mdp.table.timesteps
         count = max(1, int(self.config.timestep_fraction * len(grid)))
         order = torch.rand(videos, len(grid), generator=self.generator).argsort(1)
         return grid[order[:, :count]]
@@ -228,6 +226,7 @@ class DiffusionNFT:
         self.optimizer.zero_grad(set_to_none=True)  # of a step that failed half-way, out of memory for instance
         seeds = torch.randint(2**62, timesteps.shape, generator=self.generator)
         mine = ranks.rows(len(clean))
+        seen: list[tuple[float, dict[str, Tensor]]] = []
         for start in range(mine.start, mine.stop, width):
             part = slice(start, min(start + width, mine.stop))
             for j in range(count):
@@ -235,10 +234,12 @@ class DiffusionNFT:
                 row = self._loss(clean[part], noise, prompt_id[part], probability[part], timesteps[part, j])
                 share = (part.stop - part.start) / (len(clean) * count)
                 (row["loss"] * share).backward()
-                for name, value in row.items():
-                    totals[name] += share * float(value.detach())
+                seen.append((share, {name: value.detach() for name, value in row.items()}))
         norm = optimiser_step(self.optimizer, self.parameters, self.config.max_grad_norm)
         self.steps_taken += 1
+        for share, values in seen:  # not before: each look at a number makes an accelerator wait
+            for name, value in values.items():
+                totals[name] += share * float(value)
         return {**ranks.totals(totals), "grad_norm": float(norm)}
 
     def _loss(
@@ -246,9 +247,9 @@ class DiffusionNFT:
     ) -> dict[str, Tensor]:
         """Of b videos with their noise at timesteps [b]; "loss" carries the graph."""
         c, mdp, device = self.config, self.env.mdp, self.env.device
-        x0 = clean.to(device)
-        noise = noise.to(x0)
-        t = timestep.to(x0)
+        x0 = upload(clean, device)
+        noise = upload(noise, device, x0.dtype)
+        t = shared(timestep.to(x0.dtype), device)
         noised = mdp.add_noise(x0, noise, t)
         with self._old_policy():
             old = self.policy.predict(noised, t, prompts)
@@ -258,7 +259,8 @@ class DiffusionNFT:
                 reference = self.policy.predict(noised, t, prompts)
         output = self.policy.predict(noised, t, prompts)
         x0_policy, x0_old = mdp.schedule.x0_from(noised, output, t), mdp.schedule.x0_from(noised, old, t)
-        loss, metrics = nft_loss(x0_policy, x0_old, x0, probability.to(x0), mixture=c.mixture, scale=c.adv_clip_max)
+        wanted = upload(probability, device, x0.dtype)
+        loss, metrics = nft_loss(x0_policy, x0_old, x0, wanted, mixture=c.mixture, scale=c.adv_clip_max)
         distance = torch.zeros_like(loss) if reference is None else (output - reference).square().mean()
         return {
             "loss": loss + c.reference_coefficient * distance,

@@ -41,6 +41,7 @@ from algos.training import (
     reward_metrics,
     start_stream,
 )
+from vdm_env.host import on_host
 
 Loss = Literal["negative", "one_minus", "target_l1"]
 
@@ -171,10 +172,10 @@ class DRaFTLV:
         """Rewards [B] of clean latents that were noised to the last step's level and denoised in that step."""
         mdp, randn = self.env.mdp, distributed.current().randn
         eps, action_noise = (randn(clean.shape, self.generator).to(clean) for _ in range(2))
-        noised = mdp.add_noise(clean, eps, mdp.table.timesteps[before["step"]])
+        noised = mdp.add_noise(clean, eps, mdp.table.timesteps[on_host(before["step"])])
         action = self.policy.dist({**before, "latents": noised}).rsample(noise=action_noise)
         again = mdp.step(noised, action, before["step"])
-        return mdp.outcome(again, before["prompt_id"].cpu(), before["video_seed"].cpu()).reward
+        return mdp.outcome(again, before["prompt_id"], before["video_seed"]).reward
 
     def state_dict(self) -> dict[str, Any]:
         """Optimiser, generator and the env's stream; the policy's weights are saved with the policy."""

@@ -29,8 +29,18 @@ from algos.advantages import clip_advantages, group_advantages
 from algos.flow_grpo_config import FlowGRPOConfig
 from algos.losses import clipped_surrogate, kl_penalty
 from algos.rollout import Rollout, collect, gathered
-from algos.training import adamw, free_elements, num_batches, optimiser_step, reward_metrics, start_stream
+from algos.training import (
+    adamw,
+    check_groups,
+    free_elements,
+    noisy_steps,
+    num_batches,
+    optimiser_step,
+    reward_metrics,
+    start_stream,
+)
 from vdm_env import transition
+from vdm_env.host import take, upload
 
 __all__ = ["FlowGRPO", "FlowGRPOConfig", "best_and_worst"]
 
@@ -90,18 +100,8 @@ class FlowGRPO:
     """
 
     def __init__(self, env: Any, policy: Any, config: FlowGRPOConfig) -> None:
-        table = env.mdp.base_table
-        self.noisy: list[int] = table.stochastic.nonzero().flatten().tolist()
-        if not self.noisy:
-            raise ValueError(
-                f"Flow-GRPO learns from the sampler's noise, and {table.name!r} at this noise level has none; make "
-                f"the env with noise_level > 0 (and a sampler that has noise), or use VADER, which needs none"
-            )
-        if env.group_size < 2:
-            raise ValueError(
-                f"Flow-GRPO compares videos of one prompt, but the env has group_size={env.group_size}; make it with "
-                f"group_size=8, or use DDPO with advantage='per_prompt' or 'batch'"
-            )
+        self.noisy = noisy_steps(env, "Flow-GRPO")
+        check_groups(env, "Flow-GRPO", "use DDPO with advantage='per_prompt' or 'batch'")
         if config.best_of_n is not None and config.best_of_n > env.group_size:
             raise ValueError(
                 f"best_of_n is {config.best_of_n}, but a group has {env.group_size} videos; set best_of_n=None, or "
@@ -115,6 +115,7 @@ class FlowGRPO:
         if config.advantage == "parts":
             # a `WeightedSum` says what its parts are; of another reward the first rollout does
             _check_weights(config, [part.reward.name for part in getattr(env.mdp.reward, "terms", ())])
+        table = env.mdp.base_table
         if config.kl == "published" and config.kl_coefficient and table.dt is None:
             raise ValueError(f"kl='published' is defined for flow samplers, the env has {table.name!r}; use kl='exact'")
         self.env, self.policy, self.config = env, policy, config
@@ -258,9 +259,9 @@ class FlowGRPO:
         return total, differs
 
     def _chosen(self, ranking: Tensor, differ: Tensor) -> Tensor:
-        """Places of a batch's videos that are trained on, ascending; the higher in `ranking` the better."""
+        """Places of a batch's videos that are trained on, on the CPU, ascending; the higher in `ranking` the better."""
         rows = best_and_worst(ranking, self.env.group_size, self.config.best_of_n)
-        return rows[differ[rows]] if self.config.filter_equal_groups else rows
+        return (rows[differ[rows]] if self.config.filter_equal_groups else rows).cpu()
 
     def _deal_steps(self, window: list[int] | None) -> list[int]:
         """The denoising steps of one optimiser step."""
@@ -286,10 +287,10 @@ class FlowGRPO:
         seen: list[tuple[Tensor, ...]] = []
         for rollout, advantage, chosen, k in entries:
             for rows in chosen.split(c.micro_batch or self.env.num_envs):
-                obs = {name: value[rows] for name, value in rollout.observations[k].items()}
-                log_prob_old, weight = rollout.log_probs[k][rows], advantage[rows]
+                obs, here = take(rollout.observations[k], rows), upload(rows, advantage.device)
+                log_prob_old, weight = rollout.log_probs[k][here], advantage[here]
                 dist = self.policy.dist(obs)
-                log_prob = dist.log_prob(rollout.actions[k][rows])
+                log_prob = dist.log_prob(rollout.actions[k][here])
                 loss, _ = clipped_surrogate(log_prob, log_prob_old, weight, c.clip_range)
                 kl = torch.zeros_like(log_prob_old)
                 if c.kl_coefficient:

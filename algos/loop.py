@@ -15,7 +15,7 @@ from algos.distributed import PeerError, Ranks
 from algos.evaluate import GOLD, PROXY, Evaluation, Evaluator
 from algos.measures import KL
 from algos.meter import Meter, number
-from algos.out_of_memory import Before, half, is_out_of_memory, set_micro_batch
+from algos.out_of_memory import Before, half, is_out_of_memory, set_micro_batch, short_of_memory
 from algos.progress import Progress, Stop
 from algos.random_state import get_random_state, set_random_state
 from algos.run_files import append_rows, read_json, read_rows, replace_json, sync_logs, writing
@@ -23,10 +23,6 @@ from algos.sample_videos import save_videos
 from algos.watchers import Watchers
 
 OVER_OPTIMISATION = "over-optimisation"
-
-
-class OutOfMemoryError(RuntimeError):
-    """Memory did not suffice; the message names the settings that need less of it."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -167,7 +163,7 @@ class Loop:
                 parameter.grad = None
         except Exception as error:
             if is_out_of_memory(error):
-                raise self._short_of_memory(error, f"update {self.update + 1}") from error
+                raise short_of_memory(error, f"update {self.update + 1}", self.algorithm, self.env) from error
             raise
         if self.skipped_in_row >= self.skip_nonfinite:
             raise FloatingPointError(
@@ -203,18 +199,6 @@ class Loop:
             with writing(self.folder):
                 replace_json(path, {**read_json(path), name: value})
 
-    def _short_of_memory(self, error: Exception, where: str) -> OutOfMemoryError:
-        """An error that says what to lower."""
-        config: Any = getattr(self.algorithm, "config", None)
-        settings = [f"num_envs of the env ({getattr(self.env, 'num_envs', 'unknown')} now)"]
-        if hasattr(config, "micro_batch"):
-            settings.insert(0, f"micro_batch of the algorithm's config ({config.micro_batch} now)")
-        lower = " or ".join(settings)
-        return OutOfMemoryError(
-            f"out of memory in {where}: lower {lower} in a new run; where memory was short for a moment only, "
-            f"resume=True goes on with the same settings ({error})"
-        )
-
     def _check_together(self) -> None:
         """Raises RuntimeError where the processes do not train one policy, but each its own."""
         if self.ranks.world > 1:
@@ -229,7 +213,8 @@ class Loop:
             return None
         except Exception as error:
             if is_out_of_memory(error):
-                raise self._short_of_memory(error, f"the evaluation after update {self.update}") from error
+                where = f"the evaluation after update {self.update}"
+                raise short_of_memory(error, where, self.algorithm, self.env) from error
             raise
 
     def _evaluate(self, stopping: bool) -> None:

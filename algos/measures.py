@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vdm_env import noise
+from vdm_env.host import on_host, take
 from vdm_env.metrics.devil import segment_distance
 from vdm_env.metrics.diversity import videomae_features
 from vdm_env.metrics.temporal import dynamic_degree
@@ -127,9 +128,9 @@ def step_kl(policy: Any, obs: Mapping[str, Tensor], rows: Tensor) -> Tensor | No
     """
     if not hasattr(policy, "dist") or not hasattr(policy, "reference"):
         return None
-    if not len(rows) or not bool(obs["stochastic"][rows.to(obs["stochastic"].device)].any()):
+    if not len(rows) or not bool(on_host(obs["stochastic"])[rows].any()):
         return None
-    part = {name: value[rows.to(value.device)] for name, value in obs.items()}
+    part = take(obs, rows)
     device = part["latents"].device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         now = policy.dist(part)

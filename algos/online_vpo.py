@@ -30,6 +30,7 @@ from algos.rollout import sample_videos
 from algos.training import (
     adamw,
     check_choice,
+    check_groups,
     check_not_negative,
     check_positive,
     num_batches,
@@ -147,11 +148,7 @@ class OnlineVPO:
     """
 
     def __init__(self, env: Any, policy: Any, config: OnlineVPOConfig) -> None:
-        if env.group_size < 2:
-            raise ValueError(
-                f"OnlineVPO compares candidates of one prompt, but the env has group_size={env.group_size}; make it "
-                f"with group_size=6 (2 or more), or use DDPO with advantage='per_prompt', which needs no groups"
-            )
+        check_groups(env, "OnlineVPO", "use DDPO with advantage='per_prompt', which needs no groups", size=6)
         schedule = env.mdp.schedule
         if config.timesteps == "logit_normal" and not isinstance(schedule, FlowSchedule):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Out of memory in an update: which error that is, and the same update again in smaller pieces.
+"""Out of memory: which error that is, what to lower, and the same update again in smaller pieces.
 
 An algorithm whose config has a `micro_batch` adds up the gradients of its pieces, so that smaller ones change a result
 by the order of sums only. It reads `self.config.micro_batch` in every update (None: `env.num_envs`), and may have an
@@ -16,13 +16,31 @@ from algos.checkpoint import join_tensors, split_tensors
 from algos.random_state import get_random_state, set_random_state
 
 
+class OutOfMemoryError(RuntimeError):
+    """Memory did not suffice; the message names the settings that need less of it."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory did not suffice, on whatever device."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    # torch has no class of its own for the CPU's memory
+    # torch has no class of its own for the CPU's memory, nor for that which cuBLAS and cuDNN take beside it
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+    signs = ("can't allocate memory", "out of memory", "cublas_status_alloc_failed", "cudnn_status_alloc_failed")
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
+
+
+def short_of_memory(error: Exception, where: str, algorithm: Any, env: Any) -> OutOfMemoryError:
+    """The error to raise in its place, which says what to lower."""
+    config: Any = getattr(algorithm, "config", None)
+    settings = [f"num_envs of the env ({getattr(env, 'num_envs', 'unknown')} now)"]
+    if hasattr(config, "micro_batch"):
+        settings.insert(0, f"micro_batch of the algorithm's config ({config.micro_batch} now)")
+    lower = " or ".join(settings)
+    return OutOfMemoryError(
+        f"out of memory in {where}: lower {lower} in a new run; where memory was short for a moment only, "
+        f"resume=True goes on with the same settings ({error})"
+    )
 
 
 def micro_batch(algorithm: Any) -> int | None:

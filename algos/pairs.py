@@ -16,6 +16,7 @@ from algos import distributed
 from algos.losses import dpo_loss
 from algos.training import optimiser_step
 from vdm_env import noise as keyed_noise
+from vdm_env.host import on_host, shared, upload
 
 Pairs = dict[str, Tensor]
 """winner and loser, clean latents [P,C,F,H,W]; prompt_id [P]; where pairs count differently also weight [P]; once they
@@ -93,10 +94,10 @@ def paired_loss(
     """
     device = mdp.device
     drawn = pairs if "t" in pairs else draw_noise(count_pairs(pairs), mdp, generator, timesteps)
-    clean = torch.cat([pairs["winner"], pairs["loser"]]).to(device)
+    clean = upload(torch.cat([pairs["winner"], pairs["loser"]]), device)
     prompts = torch.cat([pairs["prompt_id"]] * 2)
-    noise = noise_of(drawn["noise_seed"], pairs["winner"].shape[1:]).to(clean).repeat(2, 1, 1, 1, 1)
-    t = drawn["t"].to(device).repeat(2)
+    noise = upload(noise_of(drawn["noise_seed"], pairs["winner"].shape[1:]), device, clean.dtype).repeat(2, 1, 1, 1, 1)
+    t = shared(on_host(drawn["t"]).repeat(2), device)
     noised, target = mdp.add_noise(clean, noise, t), mdp.target(clean, noise, t)
     with torch.no_grad(), policy.reference():
         reference = policy.predict(noised, t, prompts)
@@ -139,16 +140,19 @@ def pair_step(
     optimizer.zero_grad(set_to_none=True)  # of a step that failed half-way, out of memory for instance
     ranks = distributed.current()
     mine = ranks.rows(count)
+    seen: list[tuple[float, dict[str, Tensor]]] = []
     for start in range(mine.start, mine.stop, micro_batch):
         part = {name: value[start : min(start + micro_batch, mine.stop)] for name, value in pairs.items()}
         share = count_pairs(part) / count
         value, metrics = loss(part)
         (value * share).backward()
-        for name, number in {"loss": value.detach(), **metrics}.items():
-            totals[name] += share * float(number)
+        seen.append((share, {"loss": value.detach(), **metrics}))
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     norm = optimiser_step(optimizer, parameters, max_grad_norm)
+    for share, numbers in seen:  # not before: each look at a number makes an accelerator wait
+        for name, number in numbers.items():
+            totals[name] += share * float(number)
     return {**ranks.totals(totals), "grad_norm": float(norm)}
 
 

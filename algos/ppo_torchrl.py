@@ -39,8 +39,10 @@ from algos.critic import StateValue
 from algos.training import (
     adamw,
     check_choice,
+    check_groups,
     check_not_negative,
     check_positive,
+    noisy_steps,
     num_batches,
     optimiser_step,
     pick_preset,
@@ -147,19 +149,9 @@ class TorchRLPPO:
 
     def __init__(self, env: Any, policy: Any, config: TorchRLPPOConfig) -> None:
         self.torchrl_env = env.to_torchrl()  # refuses what TorchRL's actors cannot describe
-        # the env's own table: `env.mdp.table` is that of its last reset, which may have had other noise levels
-        table = env.mdp.base_table
-        self.steps: list[int] = table.stochastic.nonzero().flatten().tolist()
-        if not self.steps:
-            raise ValueError(
-                f"PPO learns from the sampler's noise, and {table.name!r} at this noise level has none; make "
-                f"the env with noise_level > 0 (and a sampler that has noise), or use VADER, which needs none"
-            )
-        if config.baseline == "group" and env.group_size < 2:
-            raise ValueError(
-                f"baseline='group' compares videos of one prompt, but the env has group_size={env.group_size}; make "
-                f"it with group_size=8, or set baseline='batch'"
-            )
+        self.steps = noisy_steps(env, "PPO")
+        if config.baseline == "group":
+            check_groups(env, "baseline='group'", "set baseline='batch'")
         if config.videos_per_rollout < 2:
             raise ValueError("videos_per_rollout is 1: one reward has no spread to be normalised by; sample at least 2")
         self.env, self.policy, self.config = env, policy, config

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -103,10 +102,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return finite(value)
     return value if value is None or isinstance(value, str | int) else str(value)
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes JSON so that a reader never sees half of it."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)

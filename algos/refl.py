@@ -168,7 +168,7 @@ class ReFL:
         # The mean, not a sample: exploration noise is part of the next x, not of the clean estimate.
         clean = mdp.x0(obs["latents"], self.policy.mean(obs), obs["step"])
         mdp.counters.rollout_s += mdp.clock() - started  # the env counts only episodes that end
-        return mdp.outcome(clean, obs["prompt_id"].cpu(), obs["video_seed"].cpu()).reward
+        return mdp.outcome(clean, obs["prompt_id"], obs["video_seed"]).reward
 
     def state_dict(self) -> dict[str, Any]:
         """Optimiser, generator and the env's stream; the policy's weights are saved with the policy."""

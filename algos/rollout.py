@@ -11,6 +11,7 @@ from torch import Tensor
 
 from algos import distributed
 from vdm_env import noise
+from vdm_env.host import take, upload
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,7 +60,8 @@ def collect(
     for _ in range(env.num_steps):
         dist = policy.dist(obs)
         latents = obs["latents"]
-        action = dist.rsample(noise=noise.normal(obs["video_seed"], obs["step"], latents.shape[1:]).to(latents))
+        drawn = noise.normal(obs["video_seed"], obs["step"], latents.shape[1:])
+        action = dist.rsample(noise=upload(drawn, latents.device, latents.dtype))
         observations.append(obs)
         actions.append(action)
         log_probs.append(dist.log_prob(action))
@@ -85,7 +87,7 @@ def gathered(rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor]:
 
 def rows(rollout: Rollout, step: int, start: int, stop: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Observation, action and old log-probability of videos start..stop-1 at one denoising step."""
-    obs = {name: value[start:stop] for name, value in rollout.observations[step].items()}
+    obs = take(rollout.observations[step], slice(start, stop))
     return obs, rollout.actions[step][start:stop], rollout.log_probs[step][start:stop]
 
 

@@ -42,8 +42,9 @@ from algos.budget import Schedule, seconds
 from algos.checkpoint_store import CheckpointStore
 from algos.evaluate import Evaluator, splits_info
 from algos.flops import Flops
-from algos.loop import Loop, OutOfMemoryError
+from algos.loop import Loop
 from algos.meter import Meter
+from algos.out_of_memory import OutOfMemoryError
 from algos.progress import Progress, Stop
 from algos.provenance import plain, provenance
 from algos.resume import earlier_run, go_on, result_of

@@ -34,6 +34,7 @@ from algos.rollout import sample_videos
 from algos.training import (
     adamw,
     check_choice,
+    check_groups,
     check_not_negative,
     check_positive,
     num_batches,
@@ -42,6 +43,7 @@ from algos.training import (
     reward_metrics,
     start_stream,
 )
+from vdm_env.host import shared, upload
 
 Weighting = Literal["softmax", "sparse", "raw", "best_of_group"]
 
@@ -118,11 +120,8 @@ class RWR:
 
     def __init__(self, env: Any, policy: Any, config: RWRConfig) -> None:
         check_one_clip(env, "RWR")
-        if config.weighting == "best_of_group" and env.group_size < 2:
-            raise ValueError(
-                f"weighting='best_of_group' compares videos of one prompt, but the env has group_size="
-                f"{env.group_size}; make it with group_size=8 (2 or more), or set weighting='softmax' or 'sparse'"
-            )
+        if config.weighting == "best_of_group":
+            check_groups(env, "weighting='best_of_group'", "set weighting='softmax' or 'sparse'")
         if config.videos_per_update < 2:
             raise ValueError("videos_per_update is 1: one video's weight says nothing; sample at least 2")
         self.env, self.policy, self.config = env, policy, config
@@ -183,19 +182,19 @@ class RWR:
 
     def _step(self, clean: Tensor, prompt_id: Tensor, weight: Tensor) -> tuple[float, float]:
         """One optimiser step; its loss and gradient norm."""
-        total, width, ranks = 0.0, self.config.micro_batch, distributed.current()
+        seen, width, ranks = [], self.config.micro_batch, distributed.current()
         self.optimizer.zero_grad(set_to_none=True)  # of a step that failed half-way, out of memory for instance
         drawn, mine = draw_noise(len(clean), self.env.mdp, self.generator), ranks.rows(len(clean))
         for start in range(mine.start, mine.stop, width):
             part = slice(start, min(start + width, mine.stop))
             noise = noise_of(drawn["noise_seed"][part], clean.shape[1:])
-            columns = (clean[part], noise, drawn["t"][part], weight[part])
-            x0, noise, t, w = (column.to(self.env.device) for column in columns)
+            t = shared(drawn["t"][part], self.env.device)
+            x0, noise, w = (upload(column, self.env.device) for column in (clean[part], noise, weight[part]))
             loss = self._loss(x0, noise, t, w, prompt_id[part]) * (len(x0) / len(clean))
             loss.backward()
-            total += float(loss.detach())
+            seen.append(loss.detach())
         norm = optimiser_step(self.optimizer, self.parameters, self.config.max_grad_norm)
-        return ranks.total(total), float(norm)
+        return ranks.total(sum(map(float, seen), 0.0)), float(norm)
 
     def _loss(self, x0: Tensor, noise: Tensor, t: Tensor, weight: Tensor, prompts: Tensor) -> Tensor:
         """Of videos at timesteps t with their noise."""

@@ -40,6 +40,43 @@ def num_batches(videos: int, env: Any, name: str) -> int:
     return videos // together
 
 
+def noisy_steps(env: Any, learner: str, instead: str = "VADER") -> list[int]:
+    """The denoising steps that have noise, of the env's own table, whatever the noise levels of its last reset.
+
+    Args:
+        env: the environment.
+        learner: what learns from their noise, for the message.
+        instead: what learns without, for the message.
+
+    Raises:
+        ValueError: there are none.
+    """
+    table = env.mdp.base_table
+    steps: list[int] = table.stochastic.nonzero().flatten().tolist()
+    if not steps:
+        raise ValueError(
+            f"{learner} learns from the sampler's noise, and {table.name!r} at this noise level has none; make the "
+            f"env with noise_level > 0 (and a sampler that has noise), or use {instead}, which needs none"
+        )
+    return steps
+
+
+def check_groups(env: Any, learner: str, instead: str, size: int = 8) -> None:
+    """Raises ValueError unless the env has groups of at least two videos of one prompt.
+
+    Args:
+        env: the environment.
+        learner: what compares them, for the message.
+        instead: what to do without groups, for the message.
+        size: of groups, to recommend.
+    """
+    if env.group_size < 2:
+        raise ValueError(
+            f"{learner} compares videos of one prompt, but the env has group_size={env.group_size}; make it with "
+            f"group_size={size} (2 or more), or {instead}"
+        )
+
+
 def start_stream(env: Any, seed: int) -> None:
     """Puts the env at the beginning of the stream of prompts and noise of a seed, which its next `reset()` draws from.
 

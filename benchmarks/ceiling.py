@@ -8,8 +8,10 @@ clocks, no memory and no other programs.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,6 +67,8 @@ def measure_ceiling(
         sizes = CUDA_SIZES if device.type == "cuda" else CPU_SIZES
     if not sizes or repeats < 1 or calls < 1:
         raise ValueError(f"sizes={tuple(sizes)}, repeats={repeats}, calls={calls}: expected at least one of each")
+    if timer is None and device.type == "cuda":  # the Timer's own drains the current device, which may be another
+        timer = partial(_drained, device)
     chosen: dict[str, Any] = {} if timer is None else {"timer": timer}
     seconds = {}
     for size in sizes:
@@ -76,3 +80,9 @@ def measure_ceiling(
     rates = {size: matmul_flops(size) / spent for size, spent in seconds.items()}
     best = max(rates, key=lambda size: rates[size])
     return Ceiling(flop_per_s=rates[best], size=best, seconds=seconds[best], rates=rates)
+
+
+def _drained(device: torch.device) -> float:
+    """Seconds, once the device has done what was asked of it."""
+    torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -107,13 +107,17 @@ class PolicyOptions:
     """keep what the backward pass needs in main memory: less memory of the GPU, more time"""
 
 
-def place(device: str) -> str:
-    """The device a name stands for."""
-    if device != "auto":
-        return device
-    import torch
+def place(device: str, *, keep_memory: bool = True) -> str:
+    """The device a name stands for. Where it is the CPU, freed memory stays with the process from here on."""
+    if device == "auto":
+        import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and keep_memory:
+        from vdm_env.allocator import keep_freed_memory
+
+        keep_freed_memory()
+    return device
 
 
 def world_of(env_id: str) -> str | None:

@@ -32,6 +32,7 @@ from benchmarks.tables import write_tables
 from benchmarks.thresholds import default_threshold, given_threshold
 from benchmarks.verdicts import judge, sentence, verdict_table
 
+_AS_TRAINED = "(evaluated as it was trained)"
 _QUESTION = "Which algorithm raises the reward most for the same computing time?"
 _MAX_CLIPS = 6  # prompts shown as playing videos
 _CLIP_BYTES = 8 * 2**20  # of encoded videos in one page; as data URIs a third more
@@ -85,7 +86,7 @@ def write_report(root: str | Path, extra_sections: Sequence[Section] = (), *, th
         check_comparable(part)
     write_tables(root)
     views = {env_id: make_view(group, threshold) for env_id, group in by_task(shared).items()}
-    views |= {f"{label} (evaluated as it was trained)": make_view(part, threshold) for label, part in apart.items()}
+    views |= {f"{label} {_AS_TRAINED}": make_view(part, threshold) for label, part in apart.items()}
     first = next(iter(views.values()))
     title = first.reward if len(views) == 1 else ", ".join(views)
     title += f": {', '.join(first.groups) if len(first.groups) <= 3 else f'{len(first.groups)} algorithms'}"
@@ -93,7 +94,7 @@ def write_report(root: str | Path, extra_sections: Sequence[Section] = (), *, th
         Text(str(plan.get("question") or runs[0].task.get("question") or _QUESTION), "question"),
         Text(_answers(views), "answer"),
     ]  # fmt: skip
-    sections = [*_hypothesis(plan, views, set(apart))]
+    sections = [*_hypothesis(plan, views)]
     sections += pooled_section({name: v.summaries for name, v in views.items() if name in by_task(shared)}, root)
     for index, (name, view) in enumerate(views.items()):
         prefix = "" if len(views) == 1 else f"{_safe(name)}_"
@@ -143,14 +144,14 @@ def _answers(views: Mapping[str, View]) -> str:
     return next(iter(said.values())) if len(said) == 1 else " ".join(f"{name}: {text}" for name, text in said.items())
 
 
-def _hypothesis(plan: Mapping[str, Any], views: Mapping[str, View], apart: set[str]) -> list[Section]:
+def _hypothesis(plan: Mapping[str, Any], views: Mapping[str, View]) -> list[Section]:
     """What was expected before the runs, and whether it came true."""
     hypothesis, expected = plan.get("hypothesis"), plan.get("expected_ahead") or ()
     if not hypothesis and not expected:
         return []
     blocks: list[page.Block] = [Text(str(hypothesis))] if hypothesis else []
     for name, view in views.items():
-        if expected and not name.endswith("(evaluated as it was trained)"):
+        if expected and not name.endswith(_AS_TRAINED):
             verdicts = judge(view.runs, expected)
             start = "" if len(views) == 1 else f"{name}: "
             blocks += [Text(start + sentence(verdicts)), Table(*verdict_table(verdicts), wrap=True)]

@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -74,7 +75,7 @@ class Config:
 
 def timed(reward: Reward, video: torch.Tensor, prompts: list[str], backward: bool) -> float:
     """Seconds of one call, with the device's queue drained at both ends."""
-    drain = torch.cuda.synchronize if video.is_cuda else (lambda: None)
+    drain = partial(torch.cuda.synchronize, video.device) if video.is_cuda else (lambda: None)
     drain()
     started = time.perf_counter()
     if backward:

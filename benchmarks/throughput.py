@@ -25,7 +25,9 @@ all the same.
 | rollout_share               | of sampling: the denoiser's operations in `rollout_s` alone, as such a share          |
 | passes                      | backward passes of the denoiser, in videos and guidance branches                      |
 | bare_s, update_per_bare     | what the update's network calls take bare; `update_s` / `bare_s`, see below           |
+| grad_norm                   | of the last timed update, as the algorithm tells it: a finite number above 0 is right |
 | peak_..._gib                | of the card's memory in a call; on a CPU the process's highest so far (ru_maxrss)     |
+| build_s, embed_s            | seconds that making the environment and embedding the prompts took, once for all rows |
 
 `update_per_bare` is the cost of learning on a (video, step) against one forward and backward of the bare network: the
 median over rounds of `update_s` divided by what the same calls take when made alone, right after the update, in its
@@ -35,6 +37,7 @@ batch sizes. How they are counted and priced, and what the ratio therefore conta
 from __future__ import annotations
 
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -76,7 +79,8 @@ class ThroughputConfig:
     offload_activations: bool = False
     """keep what is stored for the backward pass in main memory: less of the card's memory, more time"""
     plain: bool = False
-    """the network's layers as diffusers has them, instead of the faster ones of vdm_env.models.fast_path"""
+    """the network's layers as diffusers has them, instead of the faster ones of vdm_env.models.fast_path, and on a CPU
+    freed memory given back, as without vdm_env.allocator"""
     repeats: int = 3
     """timed calls of each row"""
     num_threads: int = 2
@@ -100,15 +104,19 @@ def rows(config: ThroughputConfig) -> Iterator[dict[str, object]]:
     _check(config)
     torch.set_num_threads(config.num_threads)
     arms = _arms(config)
+    started = time.perf_counter()
     env = _make(config)
+    build_s = env.mdp.clock() - started
     policy_options = {
         "lora_rank": config.lora_rank,
         "gradient_checkpointing": config.gradient_checkpointing,
         "offload_activations": config.offload_activations,
     }
     env.make_policy(**policy_options)  # refused now or never
+    started = env.mdp.clock()
     embed_prompts(env)
-    common = _conditions(config, env)
+    embed_s = env.mdp.clock() - started
+    common = _conditions(config, env) | {"build_s": rounded(build_s), "embed_s": rounded(embed_s)}
     best = measure_ceiling(env.device, getattr(torch, str(config.process.dtype)))
     yield common | {
         "what": "matmul",
@@ -186,7 +194,7 @@ def _make(config: ThroughputConfig) -> Any:
     from vdm_env.models.fast_path import plain
 
     options = _given(config) | {
-        "device": place(config.process.device),
+        "device": place(config.process.device, keep_memory=not config.plain),
         "dtype": getattr(torch, str(config.process.dtype)),
     }
     with warnings.catch_warnings():

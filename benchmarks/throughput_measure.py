@@ -19,7 +19,7 @@ from algos.zoo import recipe
 from benchmarks.arguments import one_line
 from benchmarks.plan import Arm
 from benchmarks.throughput_calls import Call, Ledger, bare_cost, bare_seconds, without_recomputed
-from benchmarks.throughput_rows import Round, figures
+from benchmarks.throughput_rows import Round, figures, rounded
 from benchmarks.training import build_algorithm
 from vdm_env.memory import EMBEDDED_AT_ONCE
 
@@ -115,7 +115,12 @@ def update_row(bench: Bench, arm: Arm, batch: int) -> dict[str, object]:
         policy, algorithm, _, note = build_algorithm(
             found, env, lambda: env.make_policy(**bench.policy_options), {**data, **chosen}, seed=0
         )
-        row = _rounds(bench, arm.label, env, policy, algorithm.update, ledger, warm_up=1 + builds)
+        metrics: dict[str, float] = {}
+        row = _rounds(
+            bench, arm.label, env, policy, lambda: metrics.update(algorithm.update()), ledger, warm_up=1 + builds
+        )
+    if "grad_norm" in metrics:
+        row["grad_norm"] = rounded(metrics["grad_norm"])
     return {"group_size": group, "settings": f"{note}; {told}" if told else note, **row}
 
 

@@ -34,9 +34,12 @@ FIGURES: tuple[str, ...] = (
     "passes",
     "bare_s",
     "update_per_bare",
+    "grad_norm",
     "peak_allocated_gib",
     "peak_reserved_gib",
     "peak_rss_gib",
+    "build_s",
+    "embed_s",
 )
 """What was measured: see `benchmarks.throughput`."""
 CONDITIONS: tuple[str, ...] = (

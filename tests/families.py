@@ -20,6 +20,7 @@ from diffusers import (
 )
 from torch import Tensor
 
+from tests.weights import wake
 from vdm_env.models import MODELS
 from vdm_env.models.parts import PipelineModel
 
@@ -42,11 +43,7 @@ def new_tiny(name: str, dtype: torch.dtype = torch.float32) -> PipelineModel:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = MODELS[name].load(weights="random", scale="tiny", device="cpu", dtype=dtype, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.denoiser.parameters():
-            if not parameter.any():
-                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    wake(model.denoiser)
     assert isinstance(model, PipelineModel)
     return model
 

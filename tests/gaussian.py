@@ -31,6 +31,17 @@ def full_policy(env):
     return env.make_policy(lora_rank=0)
 
 
+def weight_of(policy):
+    """The one trainable parameter of a full policy, [3, P]: a column for each prompt."""
+    (weight,) = policy.trainable_parameters()
+    return weight
+
+
+def tied(video, prompts):
+    """A reward that is the same for every video."""
+    return torch.ones(len(video))
+
+
 class Recorder:
     """In an optimiser's place: keeps the gradients and leaves the parameters alone."""
 

@@ -42,7 +42,7 @@ class Fuse:
         from pathlib import Path
 
         from algos import checkpoint, loop, resume, run_files, sample_videos
-        from vdm_env import env, policy
+        from vdm_env import adapters, env
 
         self.count, self.at = 0, None
         for holder, name in (
@@ -55,7 +55,7 @@ class Fuse:
         ):
             monkeypatch.setattr(holder, name, self._before(getattr(holder, name)))
         monkeypatch.setattr(Path, "write_text", self._half_text(Path.write_text))
-        for holder in (checkpoint, policy):
+        for holder in (checkpoint, adapters):
             monkeypatch.setattr(holder, "save_file", self._half_file(holder.save_file))
         append = self._half_rows(run_files.append_rows)
         monkeypatch.setattr(loop, "append_rows", append)

@@ -48,21 +48,26 @@ def _text_encoder() -> TokenTextEncoder:
     )
 
 
+def tiny_wan(num_layers: int = 2) -> WanTransformer3DModel:
+    """The flow family's network."""
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=1,
+        attention_head_dim=32,
+        in_channels=4,
+        out_channels=4,
+        text_dim=TEXT_WIDTH,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=num_layers,
+        cross_attn_norm=True,
+        rope_max_seq_len=16,
+    )
+
+
 def _denoiser(kind: str) -> torch.nn.Module:
     if kind == "flow":
-        return WanTransformer3DModel(
-            patch_size=(1, 2, 2),
-            num_attention_heads=1,
-            attention_head_dim=32,
-            in_channels=4,
-            out_channels=4,
-            text_dim=TEXT_WIDTH,
-            freq_dim=16,
-            ffn_dim=32,
-            num_layers=2,
-            cross_attn_norm=True,
-            rope_max_seq_len=16,
-        )
+        return tiny_wan()
     return UNet3DConditionModel(
         sample_size=4,
         down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),

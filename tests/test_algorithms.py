@@ -7,9 +7,9 @@ from functools import partial
 
 import pytest
 import torch
+from conduct import goes_on_bit_for_bit, refuses_a_gradient_that_is_not_finite, repeats
 from gaussian import START, ddpo_on, full_policy, gaussian_env, vader_on
 
-from algos.checkpoint import load_checkpoint, save_checkpoint
 from algos.ddpo import DDPO, DDPOConfig
 from algos.vader import VADER, VADERConfig
 from vdm_env.worlds.gaussian import final_law, optimal_means
@@ -123,9 +123,7 @@ def test_the_same_seed_gives_the_same_run_and_another_one_another(build):
         algorithm = build(env, full_policy(env), seed=seed)
         return [algorithm.update() for _ in range(3)]
 
-    first = run(0)
-    assert first == run(0)
-    assert [row["reward_mean"] for row in first] != [row["reward_mean"] for row in run(1)]
+    repeats(run)
 
 
 @each_algorithm
@@ -135,17 +133,13 @@ def test_a_run_continues_bit_for_bit_from_a_checkpoint(build, tmp_path):
     algorithm = build(env, policy)
     for _ in range(2):
         algorithm.update()
-    save_checkpoint(tmp_path / "checkpoint", {"algorithm": algorithm.state_dict()}, policy)
-    expected = [algorithm.update() for _ in range(3)]
 
-    env = gaussian_env()
-    restored_policy = env.make_policy(lora_rank=2, seed=5)
-    restored = build(env, restored_policy, seed=99)
-    restored_policy.load(tmp_path / "checkpoint" / "policy")
-    restored.load_state_dict(load_checkpoint(tmp_path / "checkpoint")["algorithm"])
-    assert [restored.update() for _ in range(3)] == expected
-    for a, b in zip(policy.trainable_parameters(), restored_policy.trainable_parameters(), strict=True):
-        assert torch.equal(a, b)
+    def another():
+        env = gaussian_env()
+        policy = env.make_policy(lora_rank=2, seed=5)
+        return build(env, policy, seed=99), policy
+
+    goes_on_bit_for_bit(algorithm, policy, another, tmp_path, 3)
 
 
 @each_algorithm
@@ -169,12 +163,6 @@ def test_a_gradient_that_is_not_finite_changes_nothing(build):
     env = gaussian_env()
     policy = full_policy(env)
     algorithm = build(env, policy)
-    (weight,) = policy.trainable_parameters()
-    before = weight.detach().clone()
-    handle = weight.register_hook(lambda gradient: gradient * math.nan)
-    with pytest.raises(FloatingPointError, match="Lower the learning rate"):
-        algorithm.update()
-    handle.remove()
-    assert torch.equal(weight, before)
+    refuses_a_gradient_that_is_not_finite(algorithm, policy)
     algorithm.update()
-    assert torch.isfinite(weight).all()
+    assert torch.isfinite(policy.trainable_parameters()[0]).all()

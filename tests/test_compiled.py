@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet3DConditionModel, WanTransformer3DModel
+from diffusers import UNet3DConditionModel
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.every_model import NAMES, load
-from tests.models import PROMPTS, TEXT_WIDTH, brightness, tiny_env, tiny_model
+from tests.models import PROMPTS, TEXT_WIDTH, brightness, tiny_env, tiny_model, tiny_wan
+from tests.weights import redraw
 from vdm_env import make
 from vdm_env.compiled import CompileOptions, as_options, compile_blocks, repeated_blocks
 from vdm_env.models.base import frozen
@@ -25,10 +26,7 @@ from vdm_env.models.recompute import make_recomputable
 
 
 def randomised(policy: Any, seed: int = 0) -> Any:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in policy.trainable_parameters():
-            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    redraw(policy.trainable_parameters(), seed=seed)
     return policy
 
 
@@ -240,18 +238,7 @@ def test_the_blocks_of_every_model_are_known(name: str) -> None:
 def one_block() -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = WanTransformer3DModel(
-            patch_size=(1, 2, 2),
-            num_attention_heads=1,
-            attention_head_dim=32,
-            in_channels=4,
-            out_channels=4,
-            text_dim=TEXT_WIDTH,
-            freq_dim=16,
-            ffn_dim=32,
-            num_layers=1,
-            rope_max_seq_len=16,
-        )
+        network = tiny_wan(num_layers=1)
     return replace(tiny_model(), denoiser=frozen(network))
 
 

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from gaussian import Recorder, full_policy, gaussian_env
+from conduct import goes_on_bit_for_bit
+from gaussian import Recorder, full_policy, gaussian_env, tied, weight_of
 from models import tiny_env
 
-from algos.checkpoint import load_checkpoint, save_checkpoint
 from algos.d3po import D3PO, D3POConfig
 from algos.losses import d3po_loss
 from algos.preferences import preference_pairs
@@ -24,19 +24,10 @@ def d3po_on(env, policy, **options):
     return D3PO(env, policy, D3POConfig(**options))
 
 
-def weight_of(policy):
-    (weight,) = policy.trainable_parameters()
-    return weight
-
-
 def moved(policy):
     with torch.no_grad():
         weight_of(policy).mul_(1.2).add_(0.1)
     return policy
-
-
-def tied(video, prompts):
-    return torch.ones(len(video))
 
 
 # ------------------------------------------------------------------------------------------------------ the loss
@@ -249,17 +240,13 @@ def test_a_run_continues_bit_for_bit_from_a_checkpoint(refreshed, tmp_path):
     if refreshed:
         policy.refresh_reference()
     algorithm.update()
-    save_checkpoint(tmp_path / "checkpoint", {"algorithm": algorithm.state_dict()}, policy)
-    expected = [algorithm.update() for _ in range(2)]
 
-    env = gaussian_env()
-    restored_policy = env.make_policy(lora_rank=2, seed=5)
-    restored = d3po_on(env, restored_policy, seed=99, **options)
-    restored_policy.load(tmp_path / "checkpoint" / "policy")
-    restored.load_state_dict(load_checkpoint(tmp_path / "checkpoint")["algorithm"])
-    assert [restored.update() for _ in range(2)] == expected
-    for a, b in zip(policy.trainable_parameters(), restored_policy.trainable_parameters(), strict=True):
-        assert torch.equal(a, b)
+    def another():
+        env = gaussian_env()
+        policy = env.make_policy(lora_rank=2, seed=5)
+        return d3po_on(env, policy, seed=99, **options), policy
+
+    goes_on_bit_for_bit(algorithm, policy, another, tmp_path, 2)
 
 
 def test_refusals_name_the_way_out():

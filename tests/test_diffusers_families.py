@@ -11,15 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.families import NAMES, PROMPTS, latents, new_tiny, pipeline, run_pipeline, tiny
-from tests.models import tiny_env
+from tests.models import brightness, tiny_env
+from tests.weights import redraw
 from vdm_env import make
 from vdm_env.lora_export import diffusers_lora, save_diffusers_lora
 
 STEPS = 4
-
-
-def brightness(video: Tensor, prompts: list[str]) -> Tensor:
-    return video.mean((1, 2, 3, 4))
 
 
 def environment(name: str, **options: Any) -> Any:
@@ -57,10 +54,7 @@ def test_sampling_equals_the_pipeline(name: str) -> None:
 def test_the_pipeline_loads_a_lora(name: str, tmp_path: Path) -> None:
     model, env = tiny(name), environment(name)
     policy = env.make_policy(lora_rank=2, lora_alpha=6.0, seed=3)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in policy.trainable_parameters():
-            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    redraw(policy.trainable_parameters(), 0.2, seed=5)
     x, t = latents(model), torch.tensor([900.0, 200.0])  # on both sides of Wan 2.2's boundary
     with torch.no_grad():
         want = policy.predict(x, t, [0, 1])

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from gaussian import Recorder, full_policy, gaussian_env
+from conduct import goes_on_bit_for_bit, refuses_a_gradient_that_is_not_finite, repeats
+from gaussian import Recorder, full_policy, gaussian_env, tied
 from models import tiny_env
 
 from algos import DiffusionDPO, DiffusionDPOConfig
-from algos.checkpoint import load_checkpoint, save_checkpoint
 from vdm_env.worlds.gaussian import final_law, optimal_means
 
 
@@ -26,10 +26,6 @@ def dpo_on(env, policy, **options):
         **options,
     }
     return DiffusionDPO(env, policy, DiffusionDPOConfig(**options))
-
-
-def tied(video, prompts):
-    return torch.ones(len(video))
 
 
 @pytest.mark.parametrize("schedule", ["epsilon", "flow", "v"])
@@ -174,9 +170,7 @@ def test_the_same_seed_gives_the_same_run_and_another_one_another(on_policy):
         dpo = dpo_on(env, full_policy(env), seed=seed, on_policy=on_policy, pairs="random")
         return [dpo.update() for _ in range(3)]
 
-    first = run(0)
-    assert first == run(0)
-    assert [row["reward_mean"] for row in first] != [row["reward_mean"] for row in run(1)]
+    repeats(run)
 
 
 @pytest.mark.parametrize(("updates", "refreshed"), [(0, False), (2, False), (2, True)])
@@ -188,21 +182,16 @@ def test_a_run_continues_bit_for_bit_from_a_checkpoint(updates, refreshed, tmp_p
         dpo.update()
     if refreshed:
         policy.refresh_reference()
-    save_checkpoint(tmp_path / "checkpoint", {"algorithm": dpo.state_dict()}, policy)
-    expected = [dpo.update() for _ in range(3)]
 
-    env = gaussian_env()
-    restored_policy = env.make_policy(lora_rank=2, seed=5)
-    restored = dpo_on(env, restored_policy, warmup_steps=9, seed=99)
-    restored_policy.load(tmp_path / "checkpoint" / "policy")
-    state = load_checkpoint(tmp_path / "checkpoint")["algorithm"]
-    restored.load_state_dict(state)
-    assert [restored.update() for _ in range(3)] == expected
-    for a, b in zip(policy.trainable_parameters(), restored_policy.trainable_parameters(), strict=True):
-        assert torch.equal(a, b)
+    def another():
+        env = gaussian_env()
+        policy = env.make_policy(lora_rank=2, seed=5)
+        return dpo_on(env, policy, warmup_steps=9, seed=99), policy
+
+    _, state = goes_on_bit_for_bit(dpo, policy, another, tmp_path, 3)
     if updates:
         with pytest.raises(ValueError, match="saved buffer holds 16 pairs.*buffer_pairs=8"):
-            dpo_on(env, restored_policy, buffer_pairs=8).load_state_dict(state)
+            dpo_on(env, policy, buffer_pairs=8).load_state_dict(state)
 
 
 def test_the_learning_rate_warms_up():
@@ -216,13 +205,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     env = gaussian_env()
     policy = full_policy(env)
     dpo = dpo_on(env, policy)
-    (weight,) = policy.trainable_parameters()
-    before = weight.detach().clone()
-    handle = weight.register_hook(lambda gradient: gradient * math.nan)
-    with pytest.raises(FloatingPointError, match="Lower the learning rate"):
-        dpo.update()
-    handle.remove()
-    assert torch.equal(weight, before) and dpo.steps_taken == 0
+    refuses_a_gradient_that_is_not_finite(dpo, policy)
+    assert dpo.steps_taken == 0
 
 
 def test_refusals_name_the_way_out():

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from gaussian import START, Recorder, full_policy, gaussian_env
+from conduct import goes_on_bit_for_bit
+from gaussian import START, Recorder, full_policy, gaussian_env, weight_of
 from models import tiny_env
 
-from algos.checkpoint import load_checkpoint, save_checkpoint
 from algos.diffusion_kto import DiffusionKTO, DiffusionKTOConfig, desirability
 from algos.losses import error_change, kto_loss, kto_offset
 from vdm_env.worlds.gaussian import TargetReward
@@ -26,11 +26,6 @@ DESIRABLE = torch.tensor([True, True, False, False])
 def kto_on(env, policy, **options):
     options = {"videos_per_update": 32, "learning_rate": 0.02, "warmup_steps": 0, "beta": 2.0, **options}
     return DiffusionKTO(env, policy, DiffusionKTOConfig(**options))
-
-
-def weight_of(policy):
-    (weight,) = policy.trainable_parameters()
-    return weight
 
 
 def tied(video, prompts):
@@ -246,17 +241,13 @@ def test_a_run_continues_bit_for_bit_from_a_checkpoint(refreshed, tmp_path):
     algorithm.update()
     if refreshed:
         policy.refresh_reference()
-    save_checkpoint(tmp_path / "checkpoint", {"algorithm": algorithm.state_dict()}, policy)
-    expected = [algorithm.update() for _ in range(2)]
 
-    env = gaussian_env()
-    restored_policy = env.make_policy(lora_rank=2, seed=5)
-    restored = kto_on(env, restored_policy, seed=99, **options)
-    restored_policy.load(tmp_path / "checkpoint" / "policy")
-    restored.load_state_dict(load_checkpoint(tmp_path / "checkpoint")["algorithm"])
-    assert [restored.update() for _ in range(2)] == expected
-    for a, b in zip(policy.trainable_parameters(), restored_policy.trainable_parameters(), strict=True):
-        assert torch.equal(a, b)
+    def another():
+        env = gaussian_env()
+        policy = env.make_policy(lora_rank=2, seed=5)
+        return kto_on(env, policy, seed=99, **options), policy
+
+    goes_on_bit_for_bit(algorithm, policy, another, tmp_path, 2)
 
 
 def test_the_learning_rate_warms_up():

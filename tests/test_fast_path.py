@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.every_model import small_env
+from tests.weights import wake
 from vdm_env import make
 from vdm_env.models import fast_path
 from vdm_env.models.fast_path import FastFeedForward, FastLinear, fast, plain, rotate
@@ -29,6 +30,8 @@ has 8 bits."""
 def everything_large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small networks, too, take the paths of large ones."""
     monkeypatch.setattr(fast_path, "LARGE_PRODUCT", 0)
+    monkeypatch.setattr(fast_path, "LARGE_ADAPTED", 0)
+    monkeypatch.setattr(fast_path, "SCORES_AT_ONCE", 2**10)
     monkeypatch.setattr(fast_path, "WIDE_AT_ONCE", 2**12)
 
 
@@ -38,15 +41,6 @@ def env_of(name: str, dtype: torch.dtype) -> Any:
         if name.startswith("MovingShapes"):
             return make(f"{name}-Brightness", num_envs=2, dtype=dtype)
         return small_env(f"{name}-Brightness", num_envs=2, dtype=dtype)
-
-
-def wake(network: nn.Module) -> None:
-    """Layers that start at zero would hide what goes wrong in them."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            if not parameter.any():
-                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
 def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
@@ -196,6 +190,7 @@ def test_rotary_positions_are_diffusers_bits() -> None:
 
 def test_a_text_is_projected_once_for_a_video_and_less_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast_path, "LARGE_PRODUCT", 2**62)  # as on a GPU: other layouts and texts alone
+    monkeypatch.setattr(fast_path, "FEW_KEYS", 0)
     monkeypatch.setattr(fast_path, "WIDE_AT_ONCE", 2**62)
     env = env_of("ModelScope", torch.float32)
     network, (obs, _) = env.model.denoiser, env.reset(seed=0)

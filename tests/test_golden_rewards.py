@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from algos.losses import negative_mean, target_l1
 from tests.golden_numbers import stride
 from vdm_env.rewards.action import KINETICS_PHRASES, ActionReward
-from vdm_env.rewards.aesthetic import AestheticHead, AestheticReward, head_from, l1_to_target
+from vdm_env.rewards.aesthetic import AestheticHead, AestheticReward, head_from
 from vdm_env.rewards.analytic import JPEGCompressibilityReward
 from vdm_env.rewards.clip import OpenClipBackbone, TransformersClipBackbone, hps, pick_score
 from vdm_env.rewards.combine import Part, WeightedSum
@@ -150,14 +151,14 @@ def test_vader_aesthetic(golden_folder: Golden) -> None:
     for case in _cases(tensors):
         frames = _decoder_frames(tensors[f"{case}.frames"])
         scores = reward(_as_videos(frames), _prompts(len(frames)))
-        loss = l1_to_target(scores)
+        loss = target_l1(scores, 10.0, 0.1)
         torch.testing.assert_close(scores.mean(), tensors[f"{case}.reward"], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(loss, tensors[f"{case}.loss"], rtol=1e-5, atol=0)
         _close_gradient(torch.autograd.grad(loss, frames)[0], tensors[f"{case}.grad"])
         if f"{case}.score_per_frame" in tensors:
             torch.testing.assert_close(scores, tensors[f"{case}.score_per_frame"], rtol=1e-5, atol=1e-6)
         if f"{case}.loss_target_none_scale1" in tensors:
-            plain = l1_to_target(scores, target=None, scale=1.0)
+            plain = negative_mean(scores)
             torch.testing.assert_close(plain, tensors[f"{case}.loss_target_none_scale1"], rtol=1e-5, atol=1e-6)
         for name in (n for n in tensors if n.startswith(f"{case}.preprocessed_sample")):
             side, sample = reward.backbone.side, tensors[name]
@@ -211,7 +212,7 @@ def test_vader_aesthetic_and_hps(golden_folder: Golden) -> None:
     )
     frames = _decoder_frames(tensors["frames"])
     scores, each = reward.score_parts(_as_videos(frames), _prompts(len(frames)))
-    loss = (1.5 * l1_to_target(each["Aesthetic"]) + (1 - each["HPS"]).abs().mean()) / 2
+    loss = (1.5 * target_l1(each["Aesthetic"], 10.0, 0.1) + (1 - each["HPS"]).abs().mean()) / 2
     torch.testing.assert_close(scores.mean(), tensors["reward"], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(loss, tensors["loss"], rtol=1e-5, atol=0)
     _close_gradient(torch.autograd.grad(loss, frames)[0], tensors["grad"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from gaussian import START, Recorder, full_policy, gaussian_env
 from torch import nn
+from weights import redraw
 
 import vdm_env
 from algos.ddpo import DDPO, DDPOConfig
@@ -95,10 +96,7 @@ class TinyNetwork(nn.Module):
     def __init__(self):
         super().__init__()
         self.inner, self.outer, self.text = nn.Conv3d(3, 6, 3, padding=1), nn.Conv3d(6, 3, 1), nn.Linear(2, 6)
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        redraw(self.parameters(), 0.3)
 
     def forward(self, x, t, prompt):
         hidden = self.inner(x) + self.text(prompt)[:, :, None, None, None] + (t / 1000)[:, None, None, None, None]

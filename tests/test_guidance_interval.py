@@ -13,21 +13,12 @@ from algos.ddpo import DDPO, DDPOConfig
 from tests.every_model import small_env
 from tests.models import tiny_env
 from tests.svd import svd_env, tiny_svd
+from tests.weights import trained
 from vdm_env import make
 from vdm_env.guidance import as_interval, inside, relative_noise
 from vdm_env.models.svd import SVD_SCHEDULE
 from vdm_env.models.unet3d import LVDM_SCHEDULE, SD_SCHEDULE
 from vdm_env.schedule import FlowSchedule
-
-
-def trained(env: Any, **options: Any) -> Any:
-    """A policy whose LoRA does something."""
-    policy = env.make_policy(lora_rank=1, seed=1, **options)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in policy.trainable_parameters():
-            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return policy
 
 
 def levels(env: Any) -> list[float]:

@@ -200,7 +200,7 @@ RULES: dict[str, Rule] = {
     "algorithms": algorithms_stand_alone,
     "strangers": models_and_rewards_are_strangers,
     "torchrl": only_in("torchrl", "vdm_env/torchrl.py", "algos/ppo_torchrl.py"),
-    "sb3": only_in("stable_baselines3", "algos/ppo_sb3.py"),
+    "sb3": only_in("stable_baselines3", "algos/ppo_sb3.py", "algos/sb3_parts.py"),
     "torch-free": reports_need_no_torch,
 }
 

@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from tests.every_model import load, small_env
+from tests.weights import redraw
 from vdm_env.lora_export import diffusers_lora, save_diffusers_lora
 
 UNETS = ("ModelScope", "Zeroscope", "VideoCrafter2", "T2VTurboV2")
@@ -22,10 +23,7 @@ def trained(name: str) -> tuple[Any, Any]:
     """An environment and a policy of its model with a LoRA that is not zero, scaled by 3."""
     env = small_env(f"{name}-Brightness")
     policy = env.make_policy(lora_rank=2, lora_alpha=6.0, seed=3)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in policy.trainable_parameters():
-            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    redraw(policy.trainable_parameters(), 0.2, seed=5)
     return env, policy
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tests.every_model import NAMES, load, small_env
 from tests.models import PROMPTS, brightness, tiny_env, tiny_model
+from tests.weights import trained
 from vdm_env import make
 from vdm_env.memory import FreedText, activations_in_main_memory
 from vdm_env.models.wan import BOUNDARY
@@ -32,16 +33,6 @@ BLOCKS = [name for name in DIFFERENT if name != "T2VTurboV2"]
 @cache
 def env_of(name: str, num_steps: int = 2) -> Any:
     return small_env(f"{name}-Brightness", decode_frames="first", num_steps=num_steps)
-
-
-def trained(env: Any, **options: Any) -> Any:
-    """A policy whose LoRA is not zero, so that every trained matrix has a gradient."""
-    policy = env.make_policy(lora_rank=1, seed=1, **options)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in policy.trainable_parameters():
-            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return policy
 
 
 @contextmanager

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
+from conduct import goes_on_bit_for_bit
 from gaussian import START, Recorder, full_policy, gaussian_env
 from models import tiny_env
 from offline import left_to_gain
 
-from algos.checkpoint import load_checkpoint, save_checkpoint
 from algos.offline_dpo import OfflineDPO, OfflineDPOConfig
 from algos.pairs import epoch_rows
 from algos.preference_data import PreferenceData
@@ -157,21 +157,16 @@ def test_a_run_continues_bit_for_bit_from_a_checkpoint(updates, refreshed, folde
         dpo.update()
     if refreshed:
         policy.refresh_reference()
-    save_checkpoint(tmp_path / "checkpoint", {"algorithm": dpo.state_dict()}, policy)
-    expected = [dpo.update() for _ in range(3)]
 
-    env = gaussian_env()
-    restored_policy = env.make_policy(lora_rank=2, seed=5)
-    restored = dpo_on(env, restored_policy, folders["epsilon"], seed=99, **options)
-    restored_policy.load(tmp_path / "checkpoint" / "policy")
-    state = load_checkpoint(tmp_path / "checkpoint")["algorithm"]
-    restored.load_state_dict(state)
-    assert [restored.update() for _ in range(3)] == expected
-    for a, b in zip(policy.trainable_parameters(), restored_policy.trainable_parameters(), strict=True):
-        assert torch.equal(a, b)
+    def another():
+        env = gaussian_env()
+        policy = env.make_policy(lora_rank=2, seed=5)
+        return dpo_on(env, policy, folders["epsilon"], seed=99, **options), policy
+
+    _, state = goes_on_bit_for_bit(dpo, policy, another, tmp_path, 3)
     for other in ({"groups": 39}, {"pairs": "all_pairs"}):
         with pytest.raises(ValueError, match="saved while learning from other pairs"):
-            dpo_on(env, restored_policy, folders["epsilon"], **options, **other).load_state_dict(state)
+            dpo_on(env, policy, folders["epsilon"], **options, **other).load_state_dict(state)
 
 
 def test_the_learning_rate_warms_up(folders):

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from gaussian import full_policy, gaussian_env
+from conduct import goes_on_bit_for_bit, refuses_a_gradient_that_is_not_finite
+from gaussian import full_policy, gaussian_env, tied, weight_of
 from models import tiny_env
 
-from algos.checkpoint import load_checkpoint, save_checkpoint
 from algos.online_vpo import OnlineVPO, OnlineVPOConfig, logit_normal_timesteps
 from algos.pairs import noise_of
 from vdm_env.schedule import FlowSchedule
@@ -18,15 +18,6 @@ from vdm_env.schedule import FlowSchedule
 def vpo_on(env, policy, **options):
     options = {"videos_per_update": 32, "learning_rate": 0.02, "beta": 2.0, "refresh_every": None, **options}
     return OnlineVPO(env, policy, OnlineVPOConfig(**options))
-
-
-def weight_of(policy):
-    (weight,) = policy.trainable_parameters()
-    return weight
-
-
-def tied(video, prompts):
-    return torch.ones(len(video))
 
 
 def test_the_loss_by_hand():
@@ -190,19 +181,15 @@ def test_a_run_continues_bit_for_bit_from_a_checkpoint_with_its_refreshed_refere
     vpo = vpo_on(env, policy, **options)
     for _ in range(updates):
         vpo.update()
-    save_checkpoint(tmp_path / "checkpoint", {"algorithm": vpo.state_dict()}, policy)
     assert bool(policy.reference_state_dict()) == bool(updates)
-    expected = [vpo.update() for _ in range(3)]
 
-    env = gaussian_env()
-    restored_policy = env.make_policy(lora_rank=rank, seed=5)
-    restored_policy.refresh_reference()  # what an earlier use left behind is not carried on
-    restored = vpo_on(env, restored_policy, seed=99, **options)
-    restored_policy.load(tmp_path / "checkpoint" / "policy")
-    restored.load_state_dict(load_checkpoint(tmp_path / "checkpoint")["algorithm"])
-    assert [restored.update() for _ in range(3)] == expected
-    for a, b in zip(policy.trainable_parameters(), restored_policy.trainable_parameters(), strict=True):
-        assert torch.equal(a, b)
+    def another():
+        env = gaussian_env()
+        policy = env.make_policy(lora_rank=rank, seed=5)
+        policy.refresh_reference()  # what an earlier use left behind is not carried on
+        return vpo_on(env, policy, seed=99, **options), policy
+
+    goes_on_bit_for_bit(vpo, policy, another, tmp_path, 3)
 
 
 def test_tied_rewards_change_nothing():
@@ -219,12 +206,8 @@ def test_the_learning_rate_warms_up_and_a_gradient_that_is_not_finite_changes_no
     policy = full_policy(env)
     vpo = vpo_on(env, policy, warmup_steps=4, learning_rate=0.4, optimiser_steps=2)
     assert [vpo.update()["learning_rate"] for _ in range(3)] == pytest.approx([0.2, 0.4, 0.4])
-    before = weight_of(policy).detach().clone()
-    handle = weight_of(policy).register_hook(lambda gradient: gradient * math.nan)
-    with pytest.raises(FloatingPointError, match="Lower the learning rate"):
-        vpo.update()
-    handle.remove()
-    assert torch.equal(weight_of(policy), before) and vpo.steps_taken == 6
+    refuses_a_gradient_that_is_not_finite(vpo, policy)
+    assert vpo.steps_taken == 6
 
 
 def test_refusals_name_the_way_out():

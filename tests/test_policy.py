@@ -10,18 +10,11 @@ import torch
 from models import LATENT_SHAPE, tiny_env
 from safetensors.torch import load_file
 from torch import nn
+from weights import nudge
 
-from vdm_env import CorruptWeightsError, MeanNormal, noise, transition
+from vdm_env import CorruptWeightsError, MeanNormal, transition
 
 KINDS = ("flow", "unet")
-
-
-def nudge(policy, size=0.05):
-    """Moves the policy away from the model it starts at."""
-    with torch.no_grad():
-        for i, parameter in enumerate(policy.trainable_parameters()):
-            parameter.add_(size * noise.normal([i], 0, parameter.shape)[0])
-    return policy
 
 
 def gradients(policy, value):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tests.every_model import load, small_env
 from tests.models import tiny_model
 from tests.svd import pictures, tiny_svd
+from tests.weights import wake
 from vdm_env import make
 from vdm_env.models import MODELS, codec, recompute, stdit3
 
@@ -71,14 +72,10 @@ def test_layers_are_recomputed_one_by_one(name: str, training: bool, monkeypatch
         warnings.simplefilter("ignore")
         model: Any = MODELS[name].load(weights="random", scale="tiny", device="cpu", dtype=torch.float32, seed=0)
     network = model.denoiser.requires_grad_(True).train(training)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            if not parameter.any():  # layers that start at zero would hide what goes wrong in them
-                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    wake(network)
     spec = model.spec
     shape = model.latent_shape(spec.num_frames, spec.height, spec.width)
-    x, t = torch.randn(1, *shape, generator=generator), torch.tensor([500])
+    x, t = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
     condition = {name: value.detach() for name, value in model.encode_prompts(["a dog"]).items()}
 
     def predict(latents: Tensor) -> Tensor:

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
+from conduct import goes_on_bit_for_bit, refuses_a_gradient_that_is_not_finite, repeats
 from gaussian import full_policy, gaussian_env, vader_on
 from reward_gradient import ALGORITHMS, draft_lv_on, refl_on
 
 import vdm_env
-from algos.checkpoint import load_checkpoint, save_checkpoint
 from algos.instructvideo import InstructVideo, InstructVideoConfig
 from algos.video_set import VideoSet, from_folder, order, rendered_shapes
 from vdm_env.video import save_mp4
@@ -32,9 +32,7 @@ def test_the_same_seed_gives_the_same_run_and_another_one_another(build):
         algorithm = build(env, full_policy(env), seed=seed)
         return [algorithm.update() for _ in range(3)]
 
-    first = run(0)
-    assert first == run(0)
-    assert [row["reward_mean"] for row in first] != [row["reward_mean"] for row in run(1)]
+    first = repeats(run)
     assert all(type(value) is float and math.isfinite(value) for row in first for value in row.values())
 
 
@@ -45,18 +43,15 @@ def test_a_run_continues_bit_for_bit_from_a_checkpoint(build, tmp_path):
     algorithm = build(env, policy)
     for _ in range(2):
         algorithm.update()
-    save_checkpoint(tmp_path / "checkpoint", {"algorithm": algorithm.state_dict()}, policy)
-    expected = [algorithm.update() for _ in range(3)]
 
-    env = gaussian_env()
-    restored_policy = env.make_policy(lora_rank=2, seed=5)
-    restored = build(env, restored_policy)
-    restored.update()  # a place in the streams that must not matter
-    restored_policy.load(tmp_path / "checkpoint" / "policy")
-    restored.load_state_dict(load_checkpoint(tmp_path / "checkpoint")["algorithm"])
-    assert [restored.update() for _ in range(3)] == expected
-    for a, b in zip(policy.trainable_parameters(), restored_policy.trainable_parameters(), strict=True):
-        assert torch.equal(a, b)
+    def another():
+        env = gaussian_env()
+        policy = env.make_policy(lora_rank=2, seed=5)
+        other = build(env, policy)
+        other.update()  # a place in the streams that must not matter
+        return other, policy
+
+    goes_on_bit_for_bit(algorithm, policy, another, tmp_path, 3)
 
 
 @each_algorithm
@@ -64,13 +59,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(build):
     env = gaussian_env()
     policy = full_policy(env)
     algorithm = build(env, policy)
-    (weight,) = policy.trainable_parameters()
-    before = weight.detach().clone()
-    handle = weight.register_hook(lambda gradient: gradient * math.nan)
-    with pytest.raises(FloatingPointError, match="Lower the learning rate"):
-        algorithm.update()
-    handle.remove()
-    assert torch.equal(weight, before)
+    refuses_a_gradient_that_is_not_finite(algorithm, policy)
 
 
 # ------------------------------------------------------------------------------------------------------ MovingShapes

@@ -21,7 +21,7 @@ from algos.meter import Meter
 from algos.provenance import provenance
 from algos.run_files import differences
 from vdm_env.errors import RemoteRewardError
-from vdm_env.rewards import RemoteReward, WeightedSum, as_reward
+from vdm_env.rewards import Chunked, RemoteReward, WeightedSum, as_reward
 from vdm_env.rewards.combine import Part
 from vdm_env.rewards.remote import remote_parts, serving_devices
 from vdm_env.rewards.server import RewardServer
@@ -125,6 +125,40 @@ def test_devices_of_a_sum_add_up():
     given = provenance("cpu", reward=Served("a", None), reward_devices=4)
     assert given["num_gpus_reward"] == 4 and "reward_devices_note" not in given
     assert provenance("cpu")["num_gpus_reward"] == 0 and "remote_rewards" not in provenance("cpu")
+
+
+def sum_of(reward):
+    return WeightedSum([Part(reward=reward), Part(reward=as_reward(brightness, name="here"))])
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        partial(as_reward, frames="first"),
+        partial(Chunked, chunk=2),
+        lambda reward: as_reward(as_reward(sum_of(reward), name="sum"), frames="last"),
+        lambda reward: sum_of(Chunked(as_reward(reward, frames="first"), 2)),
+    ],
+)
+def test_devices_are_counted_through_what_wraps_a_reward(wrap):
+    server = RewardServer(as_reward(brightness, name="Bright"))
+    server.device = torch.device("cuda")  # what it says of itself; nobody scores
+    with served(server):
+        reward = RemoteReward(server.url, retries=FAST)
+    found = provenance("cpu", reward=wrap(reward))
+    assert (found["num_gpus_reward"], found["remote_rewards"]) == (1, ["Bright"])
+    reward.devices = None
+    assert "server of Bright does not say" in provenance("cpu", reward=wrap(reward))["reward_devices_note"]
+    assert remote_parts(wrap(as_reward(brightness, name="Bright"))) == []
+
+
+def test_devices_of_a_plain_function_are_counted():
+    def far(video, prompts):
+        return brightness(video, prompts)
+
+    far.devices = 2
+    found = provenance("cpu", reward=as_reward(far))
+    assert (found["num_gpus_reward"], found["remote_rewards"]) == (2, ["far"])
 
 
 @pytest.mark.parametrize(("given", "devices"), [(None, 2), (0, 0), (5, 5)])

@@ -50,6 +50,8 @@ def test_the_figures_of_a_row_agree_with_each_other_and_with_the_counts(tmp_path
     table = read(out)
     assert [row["what"] for row in table] == ["matmul", "sampling", "vader", "ddpo"]
     assert all(list(row) == list(COLUMNS) and not row["error"] for row in table)
+    assert len({(row["build_s"], row["embed_s"]) for row in table}) == 1  # once for all rows
+    assert float(table[0]["build_s"]) > 0 and float(table[0]["embed_s"]) > 0
     optional = {"decode_frames", "options", "settings"}
     assert all(row[name] for row in table for name in set(CONDITIONS) - optional)
     matmul, *measured = [{k: float(v) for k, v in row.items() if v and k in NUMBERS} for row in table]
@@ -75,7 +77,9 @@ def test_the_figures_of_a_row_agree_with_each_other_and_with_the_counts(tmp_path
     noisy = len(algos.load("ddpo")[0](**ddpo_parts()).steps)
     expected = (8 + 4 * noisy) * forward + 4 * noisy * backward
     assert ddpo["denoiser_tflop"] == pytest.approx(expected / 1e12, rel=1e-4) and ddpo["passes"] == 4 * noisy
+    assert "grad_norm" not in sampling
     for row in (vader, ddpo):
+        assert 0 < row["grad_norm"] < float("inf")
         assert row["update_per_bare"] == pytest.approx(row["update_s"] / row["bare_s"], rel=1e-4)
     assert table[3]["group_size"] == "2" and "videos_per_rollout=2" in table[3]["settings"]
     shown = capsys.readouterr().out.splitlines()
@@ -84,7 +88,7 @@ def test_the_figures_of_a_row_agree_with_each_other_and_with_the_counts(tmp_path
 
 NUMBERS = {"seconds", "seconds_min", "rollout_s", "decode_s", "reward_s", "update_s", "videos", "videos_per_s", "tflop"}
 NUMBERS |= {"tflop_guided_step", "denoiser_tflop", "tflop_per_s", "share", "passes", "bare_s", "update_per_bare"}
-NUMBERS |= {"peak_rss_gib"}
+NUMBERS |= {"peak_rss_gib", "grad_norm"}
 
 
 def ddpo_parts() -> dict[str, Any]:

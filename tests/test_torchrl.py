@@ -9,17 +9,9 @@ from tensordict.nn import TensorDictModule
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import check_env_specs
 from torchrl.objectives import ClipPPOLoss
+from weights import nudge
 
-from vdm_env import noise
 from vdm_env.torchrl import make_actor, make_module
-
-
-def nudge(policy):
-    """Away from the start, where LoRA's second matrix is zero."""
-    with torch.no_grad():
-        for i, parameter in enumerate(policy.trainable_parameters()):
-            parameter.add_(0.05 * noise.normal([i], 0, parameter.shape)[0])
-    return policy
 
 
 @pytest.mark.parametrize(

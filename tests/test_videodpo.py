@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conduct import goes_on_bit_for_bit
 from gaussian import START, full_policy, gaussian_env
 from offline import left_to_gain
 
@@ -267,26 +268,22 @@ def test_a_run_continues_bit_for_bit_from_a_checkpoint(updates, tmp_path):
         dpo.update()
     if updates >= 5:
         policy.refresh_reference()
-    save_checkpoint(tmp_path / "checkpoint", {"algorithm": dpo.state_dict()}, policy)
     (tmp_path / "later").mkdir()
     for path in (tmp_path / "data").glob("*"):
         (tmp_path / "later" / path.name).write_bytes(path.read_bytes())
-    expected = [dpo.update() for _ in range(5)]
 
-    env = gaussian_env()
-    restored_policy = env.make_policy(lora_rank=2, seed=5)
-    restored = dpo_on(env, restored_policy, tmp_path / "later", warmup_steps=5)
-    restored.learner.generator.manual_seed(99)
-    restored_policy.load(tmp_path / "checkpoint" / "policy")
-    state = load_checkpoint(tmp_path / "checkpoint")["algorithm"]
-    restored.load_state_dict(state)
-    assert [restored.update() for _ in range(5)] == expected
-    for a, b in zip(policy.trainable_parameters(), restored_policy.trainable_parameters(), strict=True):
-        assert torch.equal(a, b)
-    restored_policy.reset_reference()
+    def another():
+        env = gaussian_env()
+        policy = env.make_policy(lora_rank=2, seed=5)
+        restored = dpo_on(env, policy, tmp_path / "later", warmup_steps=5)
+        restored.learner.generator.manual_seed(99)
+        return restored, policy
+
+    _, state = goes_on_bit_for_bit(dpo, policy, another, tmp_path, 5)
+    policy.reset_reference()
     if updates >= 3:
         with pytest.raises(ValueError, match="saved while learning from other pairs"):
-            dpo_on(env, restored_policy, tmp_path / "data", weight_exponent=0.0).load_state_dict(state)
+            dpo_on(env, policy, tmp_path / "data", weight_exponent=0.0).load_state_dict(state)
 
 
 def test_the_same_seed_gives_the_same_run_and_another_one_another(tmp_path):

@@ -33,6 +33,7 @@ from torch import Tensor
 from vdm_env import noise
 from vdm_env.config import EnvConfig
 from vdm_env.env import DenoisingVectorEnv
+from vdm_env.host import on_host, take, upload
 from vdm_env.mdp import DenoisingMDP
 from vdm_env.models.base import Condition
 from vdm_env.models.continued import CLIP, ContinuationModel
@@ -93,15 +94,15 @@ class ContinuationMDP(DenoisingMDP):
         channels, frames, *size = self.latent_shape
         shape = (channels, frames // self.clips, *size)
         drawn = [noise.normal(video_seeds, noise.of_clip(noise.INITIAL, c), shape) for c in range(self.clips)]
-        return torch.cat(drawn, dim=2).to(self.device, self.dtype) * self.schedule.init_sigma
+        return upload(torch.cat(drawn, dim=2), self.device, self.dtype) * self.schedule.init_sigma
 
     def step(self, x: Tensor, a: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
-        free = self.free(k).to(x.device)
+        free = upload(self.free(k), x.device)
         return super().step(x, a, k, free if mask is None else free * mask)
 
     def x0(self, x: Tensor, a: Tensor, step: Tensor) -> Tensor:
         """Clean latents of the clip in the making; earlier clips are clean already, later ones still noise."""
-        return torch.where(self.free(step).to(x.device), super().x0(x, a, step), x)
+        return torch.where(upload(self.free(step), x.device), super().x0(x, a, step), x)
 
     def action_scale(self, obs: Mapping[str, Tensor]) -> Tensor:
         """[B,1,N F,1,1]: `action_std` on the clip in the making, 0 elsewhere."""
@@ -116,20 +117,21 @@ class ContinuationMDP(DenoisingMDP):
 
     def work_out(self, obs: Mapping[str, Tensor]) -> Condition:
         """Condition of these states from latents [B,C,N F,H,W], step, prompt_id and video_seed."""
-        clip = self.clip_of(obs["step"]).to(self.device)
+        clip = self.clip_of(on_host(obs["step"]))
         batch = len(clip)
         found: Condition = {}
         for c in sorted(set(clip.tolist())):
             rows = (clip == c).nonzero().flatten()
-            here = rows.to(obs["prompt_id"].device)
+            some = take({name: obs[name] for name in ("latents", "prompt_id", "video_seed")}, rows)
             if c == 0:
-                part = self.single.condition(obs["prompt_id"][here], obs["video_seed"][here])
+                part = self.single.condition(some["prompt_id"], some["video_seed"])
             else:
-                part = self._continued(obs["latents"][rows], c, obs["video_seed"][here])
+                part = self._continued(some["latents"], c, some["video_seed"])
+            rows = upload(rows, self.device)
             for name, value in part.items():
                 empty = found.get(name, value.new_zeros(batch, *value.shape[1:]))
                 found[name] = empty.index_put((rows,), value)
-        return found | {CLIP: clip}
+        return found | {CLIP: upload(clip, self.device)}
 
     def _continued(self, latents: Tensor, clip: int, video_seeds: Tensor) -> Condition:
         """Condition of a clip after the first."""
@@ -192,6 +194,7 @@ class ContinuationVectorEnv(DenoisingVectorEnv):
             observe_embedding=True,
         )
         self._kept: Condition = {}
+        self._kept_clip = torch.zeros(env.num_envs, dtype=torch.int64)
         self._stale = torch.ones(env.num_envs, dtype=torch.bool)
         super().__init__(config, env.render_mode)
 
@@ -208,17 +211,17 @@ class ContinuationVectorEnv(DenoisingVectorEnv):
         """The condition of each env's clip, worked out when the clip begins and kept until it ends."""
         mdp = self.mdp
         assert isinstance(mdp, ContinuationMDP)
-        stale = self._stale
-        if self._kept:
-            stale = stale | (self._kept[CLIP] != mdp.clip_of(obs["step"])).cpu()
+        clip = mdp.clip_of(self._step)
+        stale = self._stale | (self._kept_clip != clip)
         if bool(stale.any()):
-            rows = stale.nonzero().flatten().to(self.device)
-            fresh = mdp.work_out({name: value[rows] for name, value in obs.items()})
+            rows = stale.nonzero().flatten()
+            fresh = mdp.work_out(take(obs, rows))
+            rows = upload(rows, self.device)
             if bool(stale.all()):
                 self._kept = fresh
             else:
                 self._kept = {name: self._kept[name].index_put((rows,), value) for name, value in fresh.items()}
-            self._stale = torch.zeros_like(stale)
+            self._stale, self._kept_clip = torch.zeros_like(stale), clip
         return {name: value.clone() for name, value in self._kept.items()}
 
     def derive(self, **changes: Any) -> ContinuationVectorEnv:

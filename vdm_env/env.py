@@ -37,8 +37,10 @@ from torch import Tensor
 
 from vdm_env.config import EnvConfig
 from vdm_env.guidance import as_interval, check_grid, check_some_guidance
+from vdm_env.host import on_host, shared, upload
 from vdm_env.mdp import DenoisingMDP
 from vdm_env.policy import DenoisingPolicy
+from vdm_env.registry import build_reward
 from vdm_env.rewards.base import as_reward
 from vdm_env.spaces import action_space, observation_space
 from vdm_env.starts import (
@@ -141,12 +143,12 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
             video_seeds = self.shard.own(stream.video_seeds(self.shard.widened(mask)))
         else:
             video_seeds = given_seeds(seed, self.num_envs)  # type: ignore[arg-type]
-        step = given_step(options.get("step"), self.num_envs, table.num_steps).to(self.device)
+        step = given_step(options.get("step"), self.num_envs, table.num_steps)
         if options.get("latents") is None:
             latents = self.mdp.initial_latents(video_seeds)
         else:
             latents = given_latents(options["latents"], (self.num_envs, *self.mdp.latent_shape))
-            latents = latents.to(self.device, self.mdp.dtype)
+            latents = upload(latents, self.device, self.mdp.dtype)
         # Last of all, because texts that are new join the book here.
         prompt_ids = given_prompts(options, self.prompts, self.num_envs, self.group_size)
         if prompt_ids is None:
@@ -158,10 +160,10 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
             self._clean, self._unrendered = latents.detach(), None
             self._rollout_started = self.mdp.clock()
         else:
-            wide = mask.to(self.device).reshape(-1, 1, 1, 1, 1)
+            wide = upload(mask, self.device).reshape(-1, 1, 1, 1, 1)
             self._latents = torch.where(wide, latents, self._latents)
             self._clean = torch.where(wide, latents, self._clean_latents()).detach()
-            self._step = torch.where(mask.to(self.device), step, self._step)
+            self._step = torch.where(mask, step, self._step)
             self._prompt_ids = torch.where(mask, prompt_ids, self._prompt_ids)
             self._video_seeds = torch.where(mask, video_seeds, self._video_seeds)
         self._restarted(mask)
@@ -198,12 +200,13 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
 
         Raises:
             TypeError: the action is no float tensor.
-            ValueError: wrong shape, NaN or infinity.
+            ValueError: wrong shape, NaN or infinity. Numbers on an accelerator are looked at in the last step only,
+                because each look would stall it.
             RuntimeError: no reset yet, or an env that is finished.
         """
         if self._latents is None:
             raise RuntimeError("step was called before reset: call env.reset() first")
-        finished = self._step >= self.num_steps
+        finished = self._step >= self.num_steps  # steps are counted on the CPU: no look at them stalls an accelerator
         if bool(finished.any()):
             places = finished.nonzero().flatten().tolist()
             raise RuntimeError(
@@ -220,18 +223,20 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
         info: dict[str, Any] = {}
         if bool(terminated.any()):
             reward, info = self._finish(terminated, reward)
-        return self._observation(), reward, terminated, torch.zeros_like(terminated), info
+        ends = shared(terminated, self.device)
+        return self._observation(), reward, ends, torch.zeros_like(ends), info
 
     def _finish(self, terminated: Tensor, reward: Tensor) -> tuple[Tensor, dict[str, Any]]:
         assert self._latents is not None
-        done = terminated.cpu()
-        rows = terminated.nonzero().flatten()
-        everyone = bool(done.all())
+        rows = upload(terminated.nonzero().flatten(), self.device)
+        everyone = bool(terminated.all())
         latents = self._latents if everyone else self._latents[rows]
+        if self.device.type != "cpu":
+            _check_finite(latents, "an action of this episode had")
         if everyone and self._rollout_started is not None:
             self.mdp.counters.rollout_s += self.mdp.clock() - self._rollout_started
             self._rollout_started = None
-        outcome = self.mdp.outcome(latents, self._prompt_ids[done], self._video_seeds[done])
+        outcome = self.mdp.outcome(latents, self._prompt_ids[terminated], self._video_seeds[terminated])
         if everyone:
             return outcome.reward.to(reward.dtype), {"reward_parts": outcome.parts, "video": outcome.video}
         # Envs at other steps go on: their entries are 0.
@@ -252,25 +257,23 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
             raise ValueError(f"action must have shape {expected} (that of obs['latents']), got {tuple(action.shape)}")
         if action.device.type != self.device.type:
             raise ValueError(f"action is on {action.device}, the env on {self.device}; write action.to(env.device)")
-        # One reduction instead of a mask: a sum is finite only if all terms are (an overflow would be an error too).
-        if not bool(torch.isfinite(action.detach().sum(dtype=torch.float64))):
-            rows = (~torch.isfinite(action.detach()).flatten(1).all(1)).nonzero().flatten().tolist()
-            raise ValueError(f"action has NaN or infinity for envs {rows[:8]}; look at the policy's loss and gradients")
+        if self.device.type == "cpu":
+            _check_finite(action, "action has")
 
     def _observation(self) -> dict[str, Tensor]:
         assert self._latents is not None
         table, at = self.mdp.table, self._step.clamp(max=self.num_steps - 1)
         going = self._step < self.num_steps
         dtype = self._latents.dtype
-        obs = {
-            "latents": self._latents,
+        numbers = {
             "timestep": torch.where(going, table.timesteps[at], 0.0).to(dtype),
-            "step": self._step.clone(),
+            "step": self._step,
             "action_std": torch.where(going, table.action_std[at], 0.0).to(dtype),
             "stochastic": table.stochastic[at] & going,
-            "prompt_id": self._prompt_ids.to(self.device, copy=True),
-            "video_seed": self._video_seeds.to(self.device, copy=True),
+            "prompt_id": self._prompt_ids,
+            "video_seed": self._video_seeds,
         }
+        obs = {"latents": self._latents} | {name: shared(value, self.device) for name, value in numbers.items()}
         return obs | self._observed_condition(obs) if self.config.observe_embedding else obs
 
     def _observed_condition(self, obs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -283,8 +286,8 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
         """
         self._latents = obs["latents"]
         self._clean, self._unrendered = self._latents.detach(), None
-        self._step = obs["step"].to(self.device)
-        self._prompt_ids, self._video_seeds = obs["prompt_id"].cpu(), obs["video_seed"].cpu()
+        self._step = on_host(obs["step"])
+        self._prompt_ids, self._video_seeds = on_host(obs["prompt_id"]), on_host(obs["video_seed"])
         self._restarted(torch.ones(self.num_envs, dtype=torch.bool))
 
     # ------------------------------------------------------------------ the rest
@@ -345,8 +348,6 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
         if changes.get("sampler", self.config.sampler) != self.config.sampler:
             changes.setdefault("noise_level", None)  # the other sampler's published one
         if isinstance(changes.get("reward"), str | Mapping):
-            from vdm_env.registry import build_reward
-
             wanted = changes["reward"]
             assert self.config.context is not None  # make always gives one
             changes["reward"] = build_reward({wanted: 1.0} if isinstance(wanted, str) else wanted, self.config.context)
@@ -371,3 +372,11 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continues the stream from a `state_dict`."""
         self._stream = Stream(**state)
+
+
+def _check_finite(values: Tensor, what: str) -> None:
+    """Raises ValueError where one of the values [B,...] is not finite."""
+    # One reduction instead of a mask: a sum is finite only if all terms are (an overflow would be an error too).
+    if not bool(torch.isfinite(values.detach().sum(dtype=torch.float64))):
+        rows = (~torch.isfinite(values.detach()).flatten(1).all(1)).nonzero().flatten().tolist()
+        raise ValueError(f"{what} NaN or infinity for envs {rows[:8]}; look at the policy's loss and gradients")

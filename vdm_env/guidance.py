@@ -21,6 +21,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from vdm_env.host import on_host
 from vdm_env.schedule import Schedule
 
 Interval = tuple[float, float]
@@ -83,7 +84,7 @@ def check_grid(interval: Interval | None, scale: float, schedule: Schedule, time
 
 def relative_noise(schedule: Schedule, t: Tensor) -> Tensor:
     """Sigma at timesteps t [B], float64 on the CPU: the noise's factor in x_t over that of x0."""
-    t = t.detach().cpu()
+    t = on_host(t)
     one = torch.ones(len(t), 1, dtype=torch.float64)
     noise, clean = schedule.add_noise(0 * one, one, t), schedule.add_noise(one, 0 * one, t)
     return (noise / clean).squeeze(1)

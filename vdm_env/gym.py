@@ -41,7 +41,7 @@ def make_single(
     **options: Any,
 ) -> DenoisingEnv:
     """What `gymnasium.make` calls: the single numpy env; `options` as in `vdm_env.make`."""
-    from vdm_env.registry import make
+    from vdm_env.making import make
     from vdm_env.single import DenoisingEnv
 
     refused = sorted({"num_envs", "group_size", "api"} & set(options))
@@ -55,7 +55,7 @@ def make_single(
 
 def make_vector(env_id: str, *, num_envs: int = 1, **options: Any) -> DenoisingVectorEnv:
     """What `gymnasium.make_vec` calls: the torch-native vector env; `options` as in `vdm_env.make`."""
-    from vdm_env.registry import make
+    from vdm_env.making import make
 
     if "api" in options:
         raise ValueError("api does not fit gymnasium.make_vec; use vdm_env.make(..., api='torchrl')")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vdm_env import noise, transition
+from vdm_env.host import on_host, upload
 from vdm_env.images import ImageBook
 from vdm_env.models.base import Condition, VideoModel
 from vdm_env.prompts import PromptBook
@@ -106,8 +107,8 @@ class DenoisingMDP:
         self.counters = Counters()
 
     def make_table(self, num_steps: int, sampler: str, noise_level: float | Sequence[float] | None) -> TransitionTable:
-        """A transition table on this model's schedule, on this MDP's device."""
-        return make_table(self.schedule, num_steps, sampler, noise_level).to(self.device)
+        """A transition table on this model's schedule, on the CPU; `vdm_env.transition` takes it to the latents."""
+        return make_table(self.schedule, num_steps, sampler, noise_level)
 
     # ------------------------------------------------------------------ the process
 
@@ -124,7 +125,7 @@ class DenoisingMDP:
     def initial_latents(self, video_seeds: Tensor) -> Tensor:
         """X at step 0, [B,C,F,H,W]: noise keyed by the video's seed, at the schedule's first noise level."""
         drawn = noise.normal(video_seeds, noise.INITIAL, self.latent_shape)
-        return drawn.to(self.device, self.dtype) * self.schedule.init_sigma
+        return upload(drawn, self.device, self.dtype) * self.schedule.init_sigma
 
     def step(self, x: Tensor, a: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
         """Next latents x_{k+1} = A_k x_k + B_k a_k; see `vdm_env.transition.step`."""
@@ -175,8 +176,8 @@ class DenoisingMDP:
         if self.decode_frames == "all":
             return None
         chosen = [
-            select_frames(self.decode_frames, self.num_frames, noise.generator_for(int(s), noise.FRAMES))
-            for s in video_seeds
+            select_frames(self.decode_frames, self.num_frames, noise.generator_for(s, noise.FRAMES))
+            for s in _numbers(video_seeds)
         ]
         return torch.stack(chosen)
 
@@ -186,7 +187,7 @@ class DenoisingMDP:
         video = self.decode(x0, self.frames_of(video_seeds))
         self.counters.decode_s += self.clock() - started
         self.counters.videos_sampled += len(video)
-        reward, parts = self._score(video, [self.prompts[int(i)] for i in prompt_ids])
+        reward, parts = self._score(video, [self.prompts[i] for i in _numbers(prompt_ids)])
         return Outcome(reward=reward, parts={k: v.detach() for k, v in parts.items()}, video=video.detach())
 
     def _score(self, video: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -227,9 +228,9 @@ class DenoisingMDP:
 
         Image prompts carry a little noise, keyed by the video's seed; without seeds each image has a fixed draw.
         """
-        ids = [int(i) for i in prompt_ids]
+        ids = _numbers(prompt_ids)
         if self.on_images:
-            return self._image_condition(ids, None if video_seeds is None else [int(s) for s in video_seeds])
+            return self._image_condition(ids, None if video_seeds is None else _numbers(video_seeds))
         new = sorted({i for i in ids if i not in self._conditions})
         # A model whose text encoder rests in main memory has a method `embedding()`: one way there and back for all.
         at_hand = getattr(self.model, "embedding", None) if new else None
@@ -278,6 +279,10 @@ class DenoisingMDP:
     def _gather(self, keys: Sequence[Any]) -> Condition:
         rows = [self._conditions[key] for key in keys]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _numbers(given: Tensor | Sequence[int]) -> list[int]:
+    return on_host(given).tolist() if isinstance(given, Tensor) else [int(number) for number in given]
 
 
 def _edits(video: Tensor) -> int:

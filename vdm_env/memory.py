@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from vdm_env.rewards.known_texts import with_known_texts
+
 if TYPE_CHECKING:
     from vdm_env.env import DenoisingVectorEnv
 
@@ -37,18 +39,19 @@ def activations_in_main_memory(network: nn.Module, on: bool = True) -> Iterator[
     if not on:
         yield
         return
-    weights = {tensor.untyped_storage().data_ptr() for tensor in (*network.parameters(), *network.buffers())}
+    weights = {tensor.untyped_storage()._cdata for tensor in (*network.parameters(), *network.buffers())}
 
     def pack(tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
-        if tensor.untyped_storage().data_ptr() in weights:
+        if tensor.untyped_storage()._cdata in weights:
             return tensor
-        return tensor.device, torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
+        resting = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        return tensor.device, resting.copy_(tensor, non_blocking=True)  # nothing on the host looks at it
 
     def unpack(packed: Tensor | tuple[torch.device, Tensor]) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
         device, resting = packed
-        return resting.to(device, non_blocking=resting.is_pinned())
+        return torch.empty_like(resting, device=device, pin_memory=False).copy_(resting, non_blocking=True)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
@@ -71,6 +74,8 @@ class FreedText:
 def free_text_encoder(env: DenoisingVectorEnv) -> None:
     """Embeds every prompt of an environment, and the empty one, and lets go of the text encoder.
 
+    Rewards that compare pictures with texts let go of their text towers too, see `vdm_env.rewards.known_texts`.
+
     The embeddings stay on the environment's device: about 2 MB for a prompt of T5-XXL (226 tokens, 16 bit), 0.3 MB of
     CLIP. Environments derived from this one share them. Prompts that come later cannot be embedded any more. Memory is
     given back once nobody else holds the encoder: a model object of your own still does.
@@ -91,5 +96,6 @@ def free_text_encoder(env: DenoisingVectorEnv) -> None:
         condition = env.mdp.condition(ids[start : start + EMBEDDED_AT_ONCE])
     env.mdp.unconditional(1, {name: values[:1] for name, values in condition.items()})
     freed: Any = replace(model, text=FreedText(model=model.spec.name))
-    env.model = env.mdp.model = freed
-    env.config = replace(env.config, model=freed)
+    reward = with_known_texts(env.mdp.reward, [env.prompts[number] for number in ids])
+    env.model, env.mdp.model, env.mdp.reward = freed, freed, reward
+    env.config = replace(env.config, model=freed, reward=reward)

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vdm_env.host import on_host
+
 INITIAL = -1
 """Step number that keys the initial latents."""
 CONDITIONING = -2
@@ -54,8 +56,8 @@ def normal(video_seeds: Tensor | Sequence[int], steps: Tensor | int, shape: Sequ
     Returns:
         [B, *shape] float32 on the CPU: drawn there so that a seed means the same on every device.
     """
-    seeds = video_seeds.tolist() if isinstance(video_seeds, Tensor) else [int(s) for s in video_seeds]
-    at = [steps] * len(seeds) if isinstance(steps, int) else steps.tolist()
+    seeds = on_host(video_seeds).tolist() if isinstance(video_seeds, Tensor) else [int(s) for s in video_seeds]
+    at = [steps] * len(seeds) if isinstance(steps, int) else on_host(steps).tolist()
     noise = torch.empty(len(seeds), *shape)
     for row, (seed, step) in enumerate(zip(seeds, at, strict=True)):
         torch.randn(tuple(shape), generator=generator_for(seed, step), out=noise[row])

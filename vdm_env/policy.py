@@ -11,32 +11,35 @@ policy as it was then. Such a snapshot is a copy of the trained weights alone (o
 from __future__ import annotations
 
 import copy
-import json
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vdm_env import noise
+from vdm_env.adapters import (
+    adapter_parameters,
+    add_adapter,
+    lora_config,
+    read_weights,
+    save_weights,
+    switch_adapter,
+    without_adapters,
+)
 from vdm_env.compiled import compile_copy
 from vdm_env.distribution import MeanNormal
 from vdm_env.errors import CorruptWeightsError
 from vdm_env.guidance import as_interval, check_guidance, inside
+from vdm_env.host import joined, upload
 from vdm_env.mdp import DenoisingMDP
 from vdm_env.memory import activations_in_main_memory
 from vdm_env.models.base import VideoModel
 
 Observation = Mapping[str, Tensor]
-_adapter_numbers = count()
 
 
 class DenoisingPolicy(nn.Module):
@@ -92,22 +95,8 @@ class DenoisingPolicy(nn.Module):
         self._snapshot: dict[str, Tensor] = {}
         if lora_rank:
             self._model = mdp.model
-            self._adapter = f"policy_{next(_adapter_numbers)}"
-            targets = list(lora_targets or mdp.model.spec.lora_targets)
-            self._config = LoraConfig(
-                r=lora_rank, lora_alpha=lora_alpha or lora_rank, target_modules=targets, lora_dropout=0.0
-            )
-            devices = [mdp.device] if mdp.device.type == "cuda" else []
-            with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
-                warnings.filterwarnings(
-                    "ignore", "Already found a `peft_config`"
-                )  # several policies on a network are meant
-                torch.manual_seed(noise.mix(seed))
-                inject_adapter_in_model(self._config, mdp.model.denoiser, adapter_name=self._adapter)
-            mdp.model.denoiser._active_policy = "unknown"  # type: ignore[assignment]
-            _switch_adapter(mdp.model.denoiser, self._adapter)
-            for _, parameter in self._named_adapter():
-                parameter.data = parameter.data.to(mdp.dtype)
+            self._config = lora_config(lora_rank, lora_alpha, lora_targets or mdp.model.spec.lora_targets)
+            self._adapter = add_adapter(mdp.model.denoiser, self._config, seed=seed, device=mdp.device, dtype=mdp.dtype)
         else:
             coarse = sorted({str(p.dtype) for p in mdp.model.denoiser.parameters() if p.dtype.itemsize < 4})
             if coarse:
@@ -117,7 +106,7 @@ class DenoisingPolicy(nn.Module):
                 )
             # The copy is trained; the model's own network stays what it was and serves as the reference.
             self._model = copy.copy(mdp.model)
-            network = _without_adapters(copy.deepcopy(mdp.model.denoiser)).eval().requires_grad_(True)
+            network = without_adapters(copy.deepcopy(mdp.model.denoiser)).eval().requires_grad_(True)
             compile_copy(mdp.model.denoiser, network)
             object.__setattr__(self._model, "denoiser", network)
 
@@ -126,7 +115,8 @@ class DenoisingPolicy(nn.Module):
     def forward(self, obs: Observation) -> Tensor:
         """A reparameterised sample [B,C,F,H,W]; the mean where the step has no noise."""
         drawn = noise.normal(obs["video_seed"], obs["step"], obs["latents"].shape[1:])
-        return self.dist(obs).rsample(noise=drawn.to(obs["latents"]))
+        x = obs["latents"]
+        return self.dist(obs).rsample(noise=upload(drawn, x.device, x.dtype))
 
     def dist(self, obs: Observation) -> MeanNormal:
         """The distribution of the action."""
@@ -151,10 +141,10 @@ class DenoisingPolicy(nn.Module):
         prompts = condition if rows is None else {name: values[rows] for name, values in condition.items()}
         empty = mdp.unconditional(len(x_u), prompts)
         both = {name: torch.cat([empty[name], condition[name]]) for name in condition}
-        a_u, a_all = self._network(torch.cat([x_u, x]), torch.cat([t_u, t]), both).split([len(x_u), len(x)])
+        a_u, a_all = self._network(torch.cat([x_u, x]), joined(t_u, t), both).split([len(x_u), len(x)])
         a_c = a_all if rows is None else a_all[rows]
         of_frames = getattr(mdp.model, "guidance", None)  # a model may have its own for every frame
-        weight = w if of_frames is None else of_frames(w, x.shape[2]).to(x).view(-1, 1, 1)
+        weight = w if of_frames is None else upload(of_frames(w, x.shape[2]), x.device, x.dtype).view(-1, 1, 1)
         of_times = getattr(mdp.model, "guidance_at", None)  # or for every part of the process
         if of_times is not None:
             weight = of_times(w, t_u).to(x).view(-1, 1, 1, 1, 1)
@@ -166,7 +156,7 @@ class DenoisingPolicy(nn.Module):
         if self.guidance_interval is None:
             return None
         guided = inside(self._mdp.schedule, t, self.guidance_interval)
-        return None if bool(guided.all()) else guided.nonzero().flatten().to(t.device)
+        return None if bool(guided.all()) else upload(guided.nonzero().flatten(), t.device)
 
     def predict(self, x_t: Tensor, t: Tensor, prompt_ids: Tensor | Sequence[int]) -> Tensor:
         """Conditional network output without guidance, at any timesteps t [B]: what preference losses train on."""
@@ -209,7 +199,7 @@ class DenoisingPolicy(nn.Module):
         """Puts this policy's weights (or the untrained model's) into place and returns the model to call."""
         if not self.lora_rank and not untrained:
             return self._model
-        _switch_adapter(self._mdp.model.denoiser, None if untrained else self._adapter)
+        switch_adapter(self._mdp.model.denoiser, None if untrained else self._adapter)
         return self._mdp.model
 
     @contextmanager
@@ -258,14 +248,10 @@ class DenoisingPolicy(nn.Module):
 
     # ------------------------------------------------------------------ weights
 
-    def _named_adapter(self) -> list[tuple[str, nn.Parameter]]:
-        part = f".{self._adapter}."
-        return [(n, p) for n, p in self._model.denoiser.named_parameters() if part in n]
-
     def _named_trainable(self) -> list[tuple[str, nn.Parameter]]:
         """Names as in `_Predictor`, in a fixed order."""
         if self.lora_rank:
-            return [(f"denoiser.{n}", p) for n, p in self._named_adapter()]
+            return [(f"denoiser.{n}", p) for n, p in adapter_parameters(self._model.denoiser, self._adapter)]
         return [(f"denoiser.{n}", p) for n, p in self._model.denoiser.named_parameters() if p.requires_grad]
 
     def _plain(self, name: str) -> str:
@@ -310,16 +296,7 @@ class DenoisingPolicy(nn.Module):
         `peft.PeftModel.from_pretrained` reads them too. With `lora_rank=0` it is the whole network, in
         `model.safetensors`.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = self.lora_state_dict()
-        if not self.lora_rank:
-            save_file(state, folder / "model.safetensors")
-            return folder
-        save_file({f"base_model.model.{k}": v for k, v in state.items()}, folder / "adapter_model.safetensors")
-        config = {k: sorted(v) if isinstance(v, set) else v for k, v in self._config.to_dict().items()}
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=1, default=str) + "\n")
-        return folder
+        return save_weights(folder, self.lora_state_dict(), self._config if self.lora_rank else None)
 
     def load(self, folder: str | Path) -> None:
         """Reads what `save` wrote.
@@ -328,16 +305,7 @@ class DenoisingPolicy(nn.Module):
             FileNotFoundError: no such file.
             CorruptWeightsError: a damaged file, or weights of another shape.
         """
-        file = Path(folder) / ("adapter_model.safetensors" if self.lora_rank else "model.safetensors")
-        if not file.is_file():
-            raise FileNotFoundError(f"no {file.name} in {folder}; expected a folder written by policy.save")
-        try:
-            state = load_file(file)
-        except SafetensorError as error:
-            raise CorruptWeightsError(
-                f"{file} is damaged or truncated ({error}); save it again or take an earlier one"
-            ) from error
-        self.load_lora_state_dict({k.removeprefix("base_model.model."): v for k, v in state.items()})
+        self.load_lora_state_dict(read_weights(folder, adapter=bool(self.lora_rank)))
 
 
 class _Predictor(nn.Module):
@@ -366,30 +334,3 @@ def _recomputed_blocks(denoiser: nn.Module, on: bool) -> Iterator[None]:
         yield
     finally:
         denoiser.disable_gradient_checkpointing()  # type: ignore[operator]
-
-
-def _adapter_layers(denoiser: nn.Module) -> list[tuple[str, BaseTunerLayer]]:
-    return [(name, layer) for name, layer in denoiser.named_modules() if isinstance(layer, BaseTunerLayer)]
-
-
-def _switch_adapter(denoiser: nn.Module, adapter: str | None) -> None:
-    """Makes one adapter the only one that acts; None switches all off."""
-    if getattr(denoiser, "_active_policy", None) == adapter:
-        return
-    for _, layer in _adapter_layers(denoiser):
-        layer.enable_adapters(adapter is not None)
-        if adapter is not None:
-            layer.set_adapter(adapter)
-        # PEFT freezes what it switches off, and autograd drops gradients of frozen leaves even if the graph is older
-        # than the freezing: without this a reference forward between a loss and its backward would silence the policy.
-        for kind in layer.adapter_layer_names:
-            getattr(layer, kind).requires_grad_(True)
-    denoiser._active_policy = adapter  # type: ignore[assignment]
-
-
-def _without_adapters(denoiser: nn.Module) -> nn.Module:
-    """The network with every adapter layer replaced by the layer it wraps."""
-    for name, layer in _adapter_layers(denoiser):
-        parent, _, child = name.rpartition(".")
-        setattr(denoiser.get_submodule(parent), child, layer.get_base_layer())
-    return denoiser

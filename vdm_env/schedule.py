@@ -43,6 +43,7 @@ from vdm_env.grids import (
     snr_shift,
     stretch_to_terminal,
 )
+from vdm_env.host import on_host, upload
 from vdm_env.samplers import (
     NoiseLevel,
     ddim_table,
@@ -204,7 +205,7 @@ class VPSchedule:
         """sqrt(alpha), sqrt(1 - alpha) and s at t, as [B, 1, ...]; roots are taken in float64."""
         if t.is_floating_point() and t.device.type == "cpu" and bool((t != t.round()).any()):
             raise ValueError(f"this schedule is discrete: t must be whole numbers in 0 .. T-1, got {t.tolist()}")
-        index = t.long().cpu()
+        index = on_host(t).long()
         if bool(((index < 0) | (index >= self.num_train_timesteps)).any()):
             raise ValueError(f"t must be in 0 .. {self.num_train_timesteps - 1}, got {index.tolist()}")
         alpha = self.alphas_cumprod.to("cpu", torch.float64)[index]
@@ -380,7 +381,7 @@ def _like(values: Tensor, like: Tensor) -> Tensor:
     """[B] as [B, 1, 1, ...] in the device and dtype of `like`."""
     if values.shape != like.shape[:1]:
         raise ValueError(f"t must be [B] with B = {len(like)}, one per sample; got {tuple(values.shape)}")
-    return values.to(like.device, like.dtype).view(-1, *[1] * (like.ndim - 1))
+    return upload(values, like.device, like.dtype).view(-1, *[1] * (like.ndim - 1))
 
 
 def _check_sampler(sampler: str, fitting: tuple[str, ...], family: str) -> None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from vdm_env.env import DenoisingVectorEnv
+from vdm_env.host import upload
 
 
 class DenoisingEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
@@ -104,7 +105,8 @@ class DenoisingEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         if action.shape != self.action_space.shape:
             raise ValueError(f"action must have shape {self.action_space.shape}, got {action.shape}")
         with torch.no_grad():
-            obs, reward, terminated, _, info = self.vector.step(torch.as_tensor(np.array(action))[None])
+            given = upload(torch.as_tensor(np.array(action))[None], self.vector.device)
+            obs, reward, terminated, _, info = self.vector.step(given)
         plain: dict[str, Any] = {}
         if info:
             plain["reward_parts"] = {name: float(value[0]) for name, value in info["reward_parts"].items()}

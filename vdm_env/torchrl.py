@@ -22,6 +22,7 @@ from torchrl.modules import ProbabilisticActor
 
 from vdm_env import noise as keyed_noise
 from vdm_env.env import DenoisingVectorEnv
+from vdm_env.host import upload
 from vdm_env.policy import DenoisingPolicy, MeanNormal
 
 _SEEN_BY_POLICY = ("latents", "timestep", "step", "action_std", "stochastic", "prompt_id", "video_seed")
@@ -119,7 +120,8 @@ class KeyedMeanNormal(MeanNormal):
         if len(sample_shape):
             raise ValueError(f"one sample a (video seed, step) is defined, got sample_shape={tuple(sample_shape)}")
         if noise is None:
-            noise = keyed_noise.normal(*self._keys, self.loc.shape[1:]).to(self.loc)
+            drawn = keyed_noise.normal(*self._keys, self.loc.shape[1:])
+            noise = upload(drawn, self.loc.device, self.loc.dtype)
         return super().rsample(noise=noise)
 
 

@@ -37,6 +37,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from vdm_env.host import upload
+
 Reduction = Literal["mean", "sum"]
 
 MIN_ABS_B = 1e-8
@@ -266,7 +268,7 @@ def _coefficient(table: TransitionTable, column: str, k: Tensor | int, like: Ten
             else:
                 values = getattr(table, column)
             table._cache[key] = values.to(like.device, like.dtype, copy=True)
-    return table._cache[key][k.to(like.device)].view(-1, *[1] * (like.ndim - 1))
+    return table._cache[key][upload(k, like.device)].view(-1, *[1] * (like.ndim - 1))
 
 
 def _reduce(per_element: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor:

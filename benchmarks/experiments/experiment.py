@@ -54,8 +54,3 @@ class Experiment:
     def command(self) -> str:
         """What runs it and writes its report."""
         return f"python -m benchmarks.reward_vs_gpu_hours run --preset {self.name}"
-
-    @property
-    def total_cpu_minutes(self) -> float:
-        """Of all runs, at most."""
-        return self.cpu_minutes * len(self.benchmark.arms) * len(self.benchmark.seeds)

@@ -30,7 +30,7 @@ from vdm_env.models.local_weights import Published, find_cached, find_folder, mi
 from vdm_env.models.opensora_weights import read_json
 from vdm_env.models.parts import PipelineModel, network_type
 from vdm_env.models.releases import UNCONFIRMED, find_release, placed, release
-from vdm_env.models.unet3d import seeded
+from vdm_env.models.untrained import seeded
 from vdm_env.models.visiting import resting_place
 from vdm_env.schedule import VPSchedule, linear_alphas_cumprod
 
@@ -143,7 +143,7 @@ def load(
         )
         if scale == "tiny":
             spec = tiny_spec(spec, 4, 64, 64)
-        with seeded(seed, device):
+        with seeded(seed, device, dtype):
             parts = {n: frozen(placed(make(), device, dtype)) for n, make in untrained(scale == "tiny").items()}
     return PipelineModel(
         spec=replace(spec, max_frames=parts["unet"].config.motion_max_seq_length),  # an adapter may have others

@@ -13,8 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from vdm_env.models.recompute import layers_recomputed
+
 PIXELS_AT_ONCE = 2**18
 """Pixels that go through an autoencoder together: one frame of 512x512, or 256 of 32x32."""
+LARGE_FRAME = 2**16
+"""Pixels of a frame from which the decoder's layers are computed anew in the backward pass, one by one: 256x256."""
 
 
 def recomputed(run: Callable[..., Tensor], x: Tensor, *more: Any) -> Tensor:
@@ -50,7 +54,7 @@ class FrameCodec:
     pixels_at_once: int = PIXELS_AT_ONCE
     """pixels encoded or decoded together, at least one frame. It changes no number beyond rounding. A decoder's
     activations at full size are what memory runs out on: where a video needs several turns, each is computed anew in
-    the backward pass, so that it holds those of one turn only"""
+    the backward pass, so that it holds those of one turn only, and of a large frame those of one layer"""
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
@@ -66,14 +70,20 @@ class FrameCodec:
         if frames is not None:
             z = z[torch.arange(len(z), device=z.device)[:, None], frames.to(z.device)]
         cells = (z.flatten(0, 1) / self.vae.config.scaling_factor).to(self.vae.dtype)
-        stride = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        turns = cells.split(self._frames_at_once(cells.shape[-2] * cells.shape[-1] * stride**2))
+        turns = cells.split(self._frames_at_once(cells.shape[-2] * cells.shape[-1] * self._stride**2))
         run = self._decode if len(turns) == 1 else lambda turn: recomputed(self._decode, turn)
         images = torch.cat([run(turn) for turn in turns])
         return (images.float() / 2 + 0.5).clamp(0, 1).unflatten(0, z.shape[:2])
 
     def _decode(self, cells: Tensor) -> Tensor:
-        return self.vae.decode(cells).sample
+        large = cells.shape[-2] * cells.shape[-1] * self._stride**2 >= LARGE_FRAME
+        with layers_recomputed(self.vae.decoder, large and torch.is_grad_enabled()):
+            return self.vae.decode(cells).sample
+
+    @property
+    def _stride(self) -> int:
+        """Pixels that a latent cell covers in each direction."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def _frames_at_once(self, pixels: int) -> int:
         return max(1, self.pixels_at_once // pixels)

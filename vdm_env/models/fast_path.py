@@ -19,13 +19,23 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel, TransformerTemporalModelOutput
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from peft.tuners import lora
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
+
+from vdm_env.models.low_rank import LeanLora
 
 LARGE_PRODUCT = 2**21
 """Multiplications from which a linear layer on a CPU goes to oneDNN; below, calling it costs what it saves."""
+LARGE_ADAPTED = 2**23
+"""Multiplications from which the weights of a layer and of its adapter are added before the product."""
 WIDE_AT_ONCE = 2**20
 """Numbers inside a feed-forward layer that a CPU computes together: 4 MB of float32, which stay in its caches."""
+SCORES_AT_ONCE = 2**18
+"""Scores of a short attention that are computed together: 1 MB, as a core's own cache."""
+FEW_KEYS = 16
+"""Keys from which a CPU's softmax is vector code: the floats of an AVX-512 register."""
 
 
 # ------------------------------------------------------------------------------------------------------ linear layers
@@ -67,15 +77,46 @@ class FastLinear(nn.Linear):
     """A linear layer whose large float32 products on a CPU are oneDNN's."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (HAS_ONEDNN and x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32):
+        return product(x, self.weight, self.bias)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The linear layer x W^T + b, by oneDNN where that is faster."""
+    large = x.ndim > 1 and x.numel() * len(weight) >= LARGE_PRODUCT
+    if not (HAS_ONEDNN and large and _is_plain_float32_on_cpu(x, weight)):
+        return functional.linear(x, weight, bias)
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return functional.linear(x, weight, bias)  # the product has no rule for `torch.func` and for forward mode
+    return _OneDnnProduct.apply(x, weight, bias)
+
+
+def _is_plain_float32_on_cpu(*tensors: Tensor) -> bool:
+    """Whether this module's CPU paths may act; a compiler and autocast choose kernels of their own."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    return all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
+
+
+class FastLora(LeanLora):
+    """A large adapted layer on a CPU: x (W + s B A)^T, one product instead of three and two passes over the output.
+
+    Only in float32: in half precision a small s B A would be rounded away when it is added to W.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base, names = self.get_base_layer(), [name for name in self.active_adapters if name in self.lora_A]
+        acts = bool(names) and not (self.disable_adapters or self.merged)
+        simple = not (args or kwargs or self.lora_variant or any(self.lora_bias.get(name) for name in names))
+        large = x.ndim > 1 and x.numel() * self.out_features >= LARGE_ADAPTED
+        if not (acts and simple and large and all(isinstance(self.lora_dropout[n], nn.Identity) for n in names)):
+            return super().forward(x, *args, **kwargs)
+        pairs = [(self.lora_B[name].weight, self.lora_A[name].weight, self.scaling[name]) for name in names]
+        if not _is_plain_float32_on_cpu(x, base.weight, *(matrix for up, down, _ in pairs for matrix in (up, down))):
             return super().forward(x)
-        if x.numel() * self.out_features < LARGE_PRODUCT or x.ndim < 2:
-            return super().forward(x)
-        if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):  # both choose kernels of their own
-            return super().forward(x)
-        if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
-            return super().forward(x)  # the product has no rule for `torch.func` and for forward mode
-        return _OneDnnProduct.apply(x, self.weight, self.bias)
+        weight = base.weight
+        for up, down, scale in pairs:
+            weight = torch.addmm(weight, up, down, alpha=scale)
+        return product(x, weight, base.bias)
 
 
 class FastFeedForward(FeedForward):
@@ -88,6 +129,30 @@ class FastFeedForward(FeedForward):
             return super().forward(hidden_states, *args, **kwargs)
         parts = [super(FastFeedForward, self).forward(part) for part in rows.split(at_once)]
         return torch.cat(parts).unflatten(0, hidden_states.shape[:-1])
+
+
+# ---------------------------------------------------------------------------------------------------- short attention
+
+
+def short_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention [B,heads,L,D] to few keys [B,heads,S,D] on a CPU, by plain products of some sequences at a time.
+
+    PyTorch's softmax is scalar code for rows shorter than a vector register, also inside its fused attention: 8 ms of
+    14 for 2048 x 8 heads of 8 frames. As maximum, exponential and sum it takes 2 ms; the whole attention takes 0.6 of
+    the time, and 0.3 where 128 places look at 8 words.
+    """
+    at_once = max(1, SCORES_AT_ONCE // (query.shape[1] * query.shape[2] * key.shape[2]))
+    if len(query) > at_once:
+        parts = zip(*(part.split(at_once) for part in (query, key, value)), strict=True)
+        return torch.cat([short_attention(*part) for part in parts])
+    rows, keys, values = (part.flatten(0, 1) for part in (query, key, value))
+    scores = torch.baddbmm(rows.new_zeros(()), rows, keys.transpose(1, 2), beta=0, alpha=query.shape[-1] ** -0.5)
+    weights = (scores - scores.detach().amax(-1, keepdim=True)).exp()
+    return (torch.bmm(weights, values) / weights.sum(-1, keepdim=True)).unflatten(0, query.shape[:2])
+
+
+def _is_short(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    return key.shape[-2] < FEW_KEYS and _is_plain_float32_on_cpu(query, key, value)
 
 
 # --------------------------------------------------------------------------------------------------- Wan's attention
@@ -105,7 +170,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class FastWanAttention(WanAttnProcessor):
-    """Wan's attention with `rotate`."""
+    """Wan's attention with `rotate`, and with `short_attention` to a short text."""
 
     def __call__(
         self,
@@ -115,24 +180,30 @@ class FastWanAttention(WanAttnProcessor):
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        if rotary_emb is None or encoder_hidden_states is not None or attn.fused_projections:
+        if attn.add_k_proj is not None or attention_mask is not None or attn.fused_projections:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query, key, value = (
             projected.unflatten(2, (attn.heads, -1))
             for projected in (
                 attn.norm_q(attn.to_q(hidden_states)),
-                attn.norm_k(attn.to_k(hidden_states)),
-                attn.to_v(hidden_states),
+                attn.norm_k(attn.to_k(source)),
+                attn.to_v(source),
             )
         )
-        attended = dispatch_attention_fn(
-            rotate(query, *rotary_emb),
-            rotate(key, *rotary_emb),
-            value,
-            attn_mask=attention_mask,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
+        if rotary_emb is not None:
+            query, key = rotate(query, *rotary_emb), rotate(key, *rotary_emb)
+        heads_first = [part.transpose(1, 2) for part in (query, key, value)]
+        if self._attention_backend is None and _is_short(*heads_first):
+            attended = short_attention(*heads_first).transpose(1, 2)
+        else:
+            attended = dispatch_attention_fn(
+                query,
+                key,
+                value,
+                backend=self._attention_backend,
+                parallel_config=self._parallel_config if encoder_hidden_states is None else None,
+            )
         return attn.to_out[1](attn.to_out[0](attended.flatten(2, 3).type_as(query)))
 
 
@@ -140,7 +211,7 @@ class FastWanAttention(WanAttnProcessor):
 
 
 class FastAttention(AttnProcessor2_0):
-    """Attention to a text that is the same for all frames of a video: its keys and values are made once for a video.
+    """Attention without masks and norms of its own, short where it can be; the text's keys and values once for a video.
 
     UNet3D repeats the text for every frame; `num_frames`, which arrives by `cross_attention_kwargs`, says how often.
     """
@@ -154,11 +225,25 @@ class FastAttention(AttnProcessor2_0):
         temb: Tensor | None = None,
         num_frames: int = 1,
     ) -> Tensor:
-        if encoder_hidden_states is None or num_frames == 1 or attention_mask is not None:
+        if attention_mask is not None or not _is_simple(attn):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-        videos = hidden_states.unflatten(0, (-1, num_frames)).flatten(1, 2)  # [B, F H W, C]
-        attended = super().__call__(attn, videos, encoder_hidden_states[::num_frames])
-        return attended.reshape(hidden_states.shape)
+        queries, source = hidden_states, hidden_states
+        if encoder_hidden_states is not None:
+            source = encoder_hidden_states[::num_frames]
+            queries = hidden_states.unflatten(0, (-1, num_frames)).flatten(1, 2)  # [B, F H W, C]
+        query, key, value = (
+            projected.unflatten(2, (attn.heads, -1)).transpose(1, 2)
+            for projected in (attn.to_q(queries), attn.to_k(source), attn.to_v(source))
+        )
+        attend = short_attention if _is_short(query, key, value) else functional.scaled_dot_product_attention
+        attended = attend(query, key, value).transpose(1, 2).flatten(2)
+        return attn.to_out[1](attn.to_out[0](attended)).reshape(hidden_states.shape)
+
+
+def _is_simple(attn: Any) -> bool:
+    """Whether a layer has none of the parts that diffusers' attention may have and UNet3D's has not."""
+    parts = (attn.spatial_norm, attn.group_norm, attn.norm_q, attn.norm_k, attn.norm_cross)
+    return all(part is None for part in parts) and not attn.residual_connection and attn.rescale_output_factor == 1
 
 
 class FastTransformer2D(Transformer2DModel):
@@ -207,13 +292,15 @@ class FastTransformerTemporal(TransformerTemporalModel):
 
 _FAST: dict[type, type] = {
     nn.Linear: FastLinear,
+    lora.Linear: FastLora,
+    LeanLora: FastLora,
     FeedForward: FastFeedForward,
     WanAttnProcessor: FastWanAttention,
     AttnProcessor2_0: FastAttention,
     Transformer2DModel: FastTransformer2D,
     TransformerTemporalModel: FastTransformerTemporal,
 }
-_PLAIN = {changed: original for original, changed in _FAST.items()}
+_PLAIN = {changed: original for original, changed in _FAST.items()}  # of an adapter LeanLora, which stays by itself
 
 
 def _parts(network: nn.Module) -> Iterator[Any]:
@@ -226,7 +313,7 @@ def _parts(network: nn.Module) -> Iterator[Any]:
 def fast(network: nn.Module) -> nn.Module:
     """Switches the fast path of a `UNet3DConditionModel` or `WanTransformer3DModel` on, in place; twice does no harm.
 
-    Adapters that were added since the last call have plain linear layers until the next one.
+    Adapters that were added since the last call are plain until the next one, see `keep_fast`.
 
     Returns:
         the same network.
@@ -242,6 +329,12 @@ def fast(network: nn.Module) -> nn.Module:
     for part in _parts(network):
         part.__class__ = _FAST.get(type(part), type(part))
     return network
+
+
+def keep_fast(network: nn.Module) -> None:
+    """Switches the fast path on in layers that were added since `fast`; nothing in a network without it."""
+    if any(type(part) in _PLAIN for part in _parts(network)):
+        fast(network)
 
 
 def plain(network: nn.Module) -> nn.Module:

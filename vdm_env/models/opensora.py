@@ -13,20 +13,20 @@ Legend: B videos, C latent channels, F latent frames, H W latent rows and column
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import T5Config, T5EncoderModel
 
 from vdm_env.models.base import Condition, ModelSpec, check_frames, embedding, frozen, tiny_spec
 from vdm_env.models.codec import tile_decoding
 from vdm_env.models.opensora_vae import SPATIAL_STRIDE, OpenSoraVAE, TemporalVAEConfig, VideoVAEConfig
 from vdm_env.models.opensora_weights import NAME, T5Text, byte_tokenizer, find_release, read_stdit3, read_text, read_vae
+from vdm_env.models.parts import random_t5
 from vdm_env.models.stdit3 import STDiT3, STDiT3Config, exact
+from vdm_env.models.untrained import seeded
 from vdm_env.models.visiting import resting_place
 from vdm_env.schedule import FlowSchedule, opensora_shift
 
@@ -187,20 +187,6 @@ class OpenSoraModel:
 # ------------------------------------------------------------------------------------------------------------ loading
 
 
-@contextmanager
-def _building(device: torch.device, dtype: torch.dtype, seed: int) -> Iterator[None]:
-    """Networks made inside are drawn from `seed`, on the device and in the type: a full one exists only once."""
-    before = torch.get_default_dtype()
-    cards = [device.index or 0] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cards), torch.device(device):
-        torch.manual_seed(seed)
-        torch.set_default_dtype(dtype)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(before)
-
-
 def load(
     spec: ModelSpec = OPENSORA12,
     *,
@@ -233,8 +219,10 @@ def load(
         )
         if scale == "tiny" and spec == OPENSORA12:
             spec = tiny_spec(spec, 17, 48, 64)
-        with _building(device, dtype, seed):
-            denoiser, vae, text = _random(scale == "tiny")
+        with seeded(seed, device, dtype):
+            denoiser, vae, text = _random(scale == "tiny", device)
+        _place(denoiser, vae, device, dtype)
+        text.encoder.to(resting_place(device), dtype)
     frozen(text.encoder)
     model = OpenSoraModel(
         spec=spec,
@@ -246,33 +234,30 @@ def load(
     return model.with_size(spec.num_frames, spec.height, spec.width)
 
 
-def _random(tiny: bool) -> tuple[STDiT3, OpenSoraVAE, T5Text]:
+def _random(tiny: bool, device: torch.device) -> tuple[STDiT3, OpenSoraVAE, T5Text]:
     config, vae = STDiT3Config(), VideoVAEConfig()
-    text: dict[str, Any] = dict(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
     if tiny:
         config = STDiT3Config(hidden_size=32, depth=1, num_heads=2, caption_channels=16, model_max_length=48)
         vae = VideoVAEConfig(
             temporal=TemporalVAEConfig(filters=8, num_res_blocks=1, num_groups=4),
             spatial={**vae.spatial, "block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4},
         )
-        text = dict(vocab_size=384, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    encoder = T5EncoderModel(T5Config(**text, feed_forward_proj="gated-gelu", use_cache=False))
-    device = encoder.device
-    tokenize = byte_tokenizer(config.model_max_length)
-    return (
-        STDiT3(config),
-        OpenSoraVAE(vae),
-        T5Text(encoder=encoder.to(resting_place(device)), tokenize=tokenize, device=device),
-    )
+    text = T5Text(encoder=random_t5(tiny), tokenize=byte_tokenizer(config.model_max_length), device=device)
+    return STDiT3(config), OpenSoraVAE(vae), text
+
+
+def _place(denoiser: STDiT3, vae: OpenSoraVAE, device: torch.device, dtype: torch.dtype) -> None:
+    """Moves and casts both; rounded to bfloat16, angles would blur the positions of late frames."""
+    angles = denoiser.rope.freqs
+    denoiser.to(device=device, dtype=dtype)
+    vae.to(device=device, dtype=dtype)
+    if dtype != torch.float64:
+        denoiser.rope.freqs = angles.to(device)
 
 
 def _pretrained(device: torch.device, dtype: torch.dtype) -> tuple[STDiT3, OpenSoraVAE, T5Text]:
     folders = find_release()
     denoiser, vae = read_stdit3(folders["network"]), read_vae(folders["vae"])
     text = read_text(folders["text"], denoiser.config.model_max_length, dtype, device=device)
-    angles = denoiser.rope.freqs
-    denoiser.to(device=device, dtype=dtype)
-    vae.to(device=device, dtype=dtype)
-    if dtype != torch.float64:
-        denoiser.rope.freqs = angles.to(device)  # rounded to bfloat16 they would blur the positions of late frames
+    _place(denoiser, vae, device, dtype)
     return denoiser, vae, text

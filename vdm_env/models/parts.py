@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, T5Config, T5EncoderModel
 
+from vdm_env.host import upload
 from vdm_env.models.base import Condition, ModelSpec, embedding, frozen, latent_shape
 from vdm_env.models.codec import tile_decoding
 from vdm_env.models.opensora_weights import Tokenize
@@ -63,12 +64,12 @@ class VideoCodec:
     def norm(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and scale, each [C,1,1,1] or a single number, in the type of `like`."""
         config = self.vae.config
-        scale = torch.tensor(float(config.get("scaling_factor") or 1.0), device=like.device, dtype=like.dtype)
+        scale = torch.full((), float(config.get("scaling_factor") or 1.0), device=like.device, dtype=like.dtype)
         stored = dict(self.vae.named_buffers(recurse=False))  # LTX-Video keeps them there, the others in the config
         mean, std = (stored.get(name, config.get(name)) for name in ("latents_mean", "latents_std"))
         if mean is None or std is None:
             return torch.zeros_like(scale), scale
-        mean, std = (torch.as_tensor(v).to(like).reshape(-1, 1, 1, 1) for v in (mean, std))
+        mean, std = (upload(torch.as_tensor(v), like.device, like.dtype).reshape(-1, 1, 1, 1) for v in (mean, std))
         return mean, scale / std
 
     @torch.no_grad()
@@ -161,7 +162,30 @@ def random_t5(tiny: bool, encoder: Any = T5EncoderModel, config: Any = T5Config,
     """An untrained encoder of the T5 family."""
     sizes = TINY_T5 if tiny else T5_XXL | changes
     settings: PreTrainedConfig = config(**sizes, feed_forward_proj="gated-gelu", use_cache=False)
-    return encoder(settings)
+    return encoder(settings) if tiny else drawn_once(encoder, settings)
+
+
+def drawn_once(encoder: Any, settings: Any) -> nn.Module:
+    """An untrained encoder of the T5 family, on the default device, each weight drawn once.
+
+    The class itself draws each of its weights, up to 5.7 billion, three times, of which the last stays. The deviations
+    are the same: 1 of token embeddings, otherwise one over the root of the number of inputs (of queries, of that times
+    the width of a head); norms are 1.
+    """
+    place = torch.get_default_device()
+    with torch.device("meta"):
+        network: Any = encoder(settings)
+    network.to_empty(device=place)
+    network.tie_weights()
+    with torch.no_grad():
+        for name, weight in network.named_parameters():
+            if weight.ndim == 1:
+                weight.fill_(1.0)
+                continue
+            inputs = settings.d_model if "relative_attention_bias" in name else weight.shape[1]
+            scaled = settings.d_kv if name.endswith("SelfAttention.q.weight") else 1
+            weight.normal_(0.0, 1.0 if name == "shared.weight" else (inputs * scaled) ** -0.5)
+    return network
 
 
 # -------------------------------------------------------------------------------------------------------- the model

@@ -1,4 +1,4 @@
-"""Gradient checkpointing for diffusers' `UNet3DConditionModel`, whose class has none.
+"""Gradient checkpointing, layer by layer, of diffusers' `UNet3DConditionModel`, whose class has none, and of decoders.
 
 With the switch on, each layer keeps its input alone and is computed anew in the backward pass, so that this holds the
 activations of one layer at a time.
@@ -7,18 +7,14 @@ activations of one layer at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
-from diffusers.models.resnet import ResnetBlock2D, TemporalConvLayer
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-
-_LAYERS = (ResnetBlock2D, TemporalConvLayer, Transformer2DModel, TransformerTemporalModel)
 
 
 def make_recomputable(unet: Any) -> None:
@@ -33,20 +29,46 @@ def make_recomputable(unet: Any) -> None:
     unet.disable_gradient_checkpointing = MethodType(_disable, unet)
 
 
-def _layers(unet: nn.Module) -> Iterator[nn.Module]:
-    return (module for module in unet.modules() if isinstance(module, _LAYERS))
+def _layers(network: nn.Module) -> Iterator[nn.Module]:
+    # Late: the frame codec is imported with the package, and diffusers takes seconds.
+    from diffusers.models.resnet import ResnetBlock2D, TemporalConvLayer
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+    from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
+
+    layers = (ResnetBlock2D, TemporalConvLayer, Transformer2DModel, TransformerTemporalModel)
+    return (module for module in network.modules() if isinstance(module, layers))
+
+
+@contextmanager
+def layers_recomputed(network: nn.Module, on: bool = True) -> Iterator[None]:
+    """Calls of the network inside keep the inputs of its layers for the backward pass, and compute the rest anew."""
+    if on:
+        _switch_on(network)
+    try:
+        yield
+    finally:
+        if on:
+            _switch_off(network)
 
 
 def _enable(unet: Any) -> None:
     unet.gradient_checkpointing = True
-    for layer in _layers(unet):
-        # The method is bound to the layer, so that a deep copy of the network is recomputed with its own weights.
-        layer.forward = partial(_recomputed, MethodType(type(layer).forward, layer))  # type: ignore[method-assign]
+    _switch_on(unet)
 
 
 def _disable(unet: Any) -> None:
     unet.gradient_checkpointing = False
-    for layer in _layers(unet):
+    _switch_off(unet)
+
+
+def _switch_on(network: nn.Module) -> None:
+    for layer in _layers(network):
+        # The method is bound to the layer, so that a deep copy of the network is recomputed with its own weights.
+        layer.forward = partial(_recomputed, MethodType(type(layer).forward, layer))  # type: ignore[method-assign]
+
+
+def _switch_off(network: nn.Module) -> None:
+    for layer in _layers(network):
         vars(layer).pop("forward", None)
 
 

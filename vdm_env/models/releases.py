@@ -17,7 +17,7 @@ from vdm_env.models.base import ModelSpec, frozen, tiny_spec
 from vdm_env.models.loading import load_folder
 from vdm_env.models.local_weights import Published
 from vdm_env.models.opensora_weights import Tokenize, byte_tokenizer, hub_tokenizer, read_json
-from vdm_env.models.unet3d import seeded
+from vdm_env.models.untrained import seeded
 from vdm_env.models.visiting import resting_place
 
 UNCONFIRMED = "not confirmed here, see the repository's page before anything but research"
@@ -77,8 +77,8 @@ def placed(network: nn.Module, device: torch.device | str, dtype: torch.dtype) -
     if isinstance(network, ModelMixin) and dtype in (torch.float16, torch.bfloat16):
         kept = set(network._keep_in_fp32_modules or ())
     for name, tensor in network.state_dict(keep_vars=True).items():
-        if tensor.is_floating_point() and not kept & set(name.split(".")):
-            tensor.data = tensor.data.to(dtype)
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.float32 if kept & set(name.split(".")) else dtype)
     return network
 
 
@@ -139,6 +139,6 @@ def load_parts(
     warnings.warn(f"{spec.name} has random weights: use it for tests, speed and memory, not for results", stacklevel=5)
     if tiny is not None:
         spec = tiny_spec(spec, *tiny)
-    with seeded(seed, device):  # one after the other, each cast before the next is drawn
+    with seeded(seed, device, dtype):
         networks = {name: frozen(placed(make(), home(name), dtype)) for name, make in untrained.items()}
     return Loaded(spec=spec, networks=networks, folder=None)

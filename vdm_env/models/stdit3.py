@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vdm_env.host import upload
+
 _SINUSOID = 256  # width of the sinusoids of t and fps
 _THETA = 10000.0
 
@@ -370,7 +372,7 @@ class STDiT3(nn.Module):
             input_sq_size=self.config.input_sq_size,
             like=tokens,
         )
-        rate = self.fps_embedder(_repeated(torch.as_tensor(fps, device=x.device).reshape(-1), batch, "fps"))
+        rate = self.fps_embedder(_repeated(upload(torch.as_tensor(fps), x.device).reshape(-1), batch, "fps"))
         time = self.t_embedder(timestep) + rate
         modulation = self.t_block(time).view(batch, 1, 6, -1)
         time_zero = free = None

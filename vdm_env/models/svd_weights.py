@@ -19,7 +19,7 @@ from vdm_env.models.base import frozen
 from vdm_env.models.loading import load_folder
 from vdm_env.models.local_weights import Published
 from vdm_env.models.opensora_weights import read_json
-from vdm_env.models.unet3d import seeded
+from vdm_env.models.untrained import seeded
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _FILES = ("unet/*", "vae/*", "image_encoder/*", "feature_extractor/*", "scheduler/*")
@@ -53,15 +53,15 @@ def untrained(
     num_frames: int, tiny: bool, *, device: torch.device | str, dtype: torch.dtype, seed: int = 0
 ) -> Networks:
     """Networks with random weights drawn from `seed`, of the release's sizes or tiny."""
-    with seeded(seed, device):
+    with seeded(seed, device, dtype):
         unet = UNetSpatioTemporalConditionModel(**unet_config(num_frames, tiny))
         vae = AutoencoderKLTemporalDecoder(**vae_config(tiny))
         image_encoder = CLIPVisionModelWithProjection(image_encoder_config(tiny))
     upcast = dtype == torch.float16 and vae.config.force_upcast
     return Networks(
-        unet=frozen(_cast(unet, dtype)),
-        vae=frozen(_cast(vae, torch.float32 if upcast else dtype)),
-        image_encoder=frozen(_cast(image_encoder, dtype)),
+        unet=frozen(_placed(unet, device, dtype)),
+        vae=frozen(_placed(vae, device, torch.float32 if upcast else dtype)),
+        image_encoder=frozen(_placed(image_encoder, device, dtype)),
     )
 
 
@@ -104,8 +104,10 @@ def image_encoder_config(tiny: bool = False) -> CLIPVisionConfig:
     return CLIPVisionConfig(**sizes, image_size=224, patch_size=14, projection_dim=1024, hidden_act="gelu")
 
 
-def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    return nn.Module.to(module, dtype)  # diffusers' own `to` logs a warning even where there is nothing to cast
+def _placed(module: nn.Module, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+    # Diffusers' own `to` logs a warning even where there is nothing to cast. Its mixing factors of space and time are
+    # made in main memory, wherever the rest of a network is made.
+    return nn.Module.to(module, device, dtype)
 
 
 def released(model: str, num_frames: int, *, device: torch.device | str, dtype: torch.dtype) -> Networks:

@@ -50,8 +50,8 @@ from vdm_env.models.unet3d import (
     call_unet3d,
     load_videocrafter2,
     random_parts,
-    seeded,
 )
+from vdm_env.models.untrained import seeded
 
 _COMMON: dict[str, Any] = dict(
     height=320,
@@ -194,7 +194,7 @@ def load(
         motion = v2
         if scale == "tiny":
             spec = tiny_spec(spec, *TINY_SIZE)
-        with seeded(seed, device):
+        with seeded(seed, device, dtype):
             parts = random_parts(scale, spec.width)
             add_guided_embedding(parts.unet, motion_width=GUIDANCE_WIDTH if motion else None)
     if motion:

@@ -8,8 +8,7 @@ checkpoint is read by `vdm_env.models.lvdm`. T2V-Turbo builds on it in `vdm_env.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from vdm_env.models.fast_path import fast, shares_text
 from vdm_env.models.loading import load_folder
 from vdm_env.models.local_weights import UNWANTED, Published
 from vdm_env.models.recompute import make_recomputable
+from vdm_env.models.untrained import seeded
 from vdm_env.models.visiting import resting_place
 from vdm_env.schedule import VPSchedule, latent_scale_lvdm, scaled_linear_alphas_cumprod
 from vdm_env.weights_folder import home_to_write
@@ -158,13 +158,14 @@ def build(
     call: Callable[[nn.Module, Tensor, Tensor, Condition], Tensor] = call_unet3d,
 ) -> LatentVideoModel:
     """Puts a model together, frozen and in place; `numbers` are conditions all its prompts carry."""
-    place: dict[str, Any] = {"device": device, "dtype": dtype}
     make_recomputable(parts.unet)
+    # Not diffusers' own `to`, which logs a warning about layers in float32 even where there are none.
+    unet, vae = (nn.Module.to(part, device, dtype) for part in (parts.unet, parts.vae))
     return LatentVideoModel(
         spec=spec,
-        denoiser=frozen(fast(parts.unet.to(**place))),
+        denoiser=frozen(fast(unet)),
         schedule=schedule,
-        codec=FrameCodec(vae=frozen(parts.vae.to(**place))),
+        codec=FrameCodec(vae=frozen(vae)),
         # Padding is id 0, as VideoCrafter2 and Stable Diffusion 2 were trained with.
         text=TextWithNumbers(
             encoder=frozen(parts.text.to(resting_place(device), dtype)),
@@ -205,7 +206,7 @@ def load(
         )
         if scale == "tiny":
             spec = tiny_spec(spec, *TINY_SIZE)
-        with seeded(seed, device):
+        with seeded(seed, device, dtype):
             parts = random_parts(scale, spec.width)
             if lvdm_model:
                 add_fps_embedding(parts.unet)
@@ -275,17 +276,8 @@ def _load_modelscope(published: Published, *, device: torch.device | str, dtype:
     return _load_networks(folder, device=device, dtype=dtype)
 
 
-@contextmanager
-def seeded(seed: int, device: torch.device | str) -> Iterator[None]:
-    """Modules made inside are drawn on `device` from `seed`; the global generators are left as they were."""
-    device = torch.device(device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
-        torch.manual_seed(seed)
-        yield
-
-
 def random_parts(scale: str, sample_size: int) -> Parts:
-    """Untrained networks at full or tiny size, drawn from the global generator (see `seeded`)."""
+    """Untrained networks at full or tiny size, drawn from the global generator (see `vdm_env.models.untrained`)."""
     tiny = scale == "tiny"
     width = 32 if tiny else 1024
     small: dict[str, Any] = dict(

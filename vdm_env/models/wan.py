@@ -22,6 +22,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
+from vdm_env.host import on_host, take, upload
 from vdm_env.models.base import Condition, ModelSpec
 from vdm_env.models.dit import call_wan
 from vdm_env.models.parts import (
@@ -149,15 +150,15 @@ class WanExperts(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Flow [B,C,F,H,W]; a network that no video belongs to is not run."""
-        noisy = t.to(x_t.device) >= BOUNDARY
+        noisy = on_host(t) >= BOUNDARY
         sides = [(rows.nonzero().flatten(), expert) for rows, expert in ((noisy, self.high), (~noisy, self.low))]
-        outputs = [
-            call_wan(expert, x_t[rows], t[rows.to(t.device)], {n: v[rows.to(v.device)] for n, v in condition.items()})
-            for rows, expert in sides
-            if len(rows)
-        ]
+        outputs = []
+        for rows, expert in sides:
+            if len(rows):
+                part = take({"x_t": x_t, "t": t}, rows)
+                outputs.append(call_wan(expert, part["x_t"], part["t"], take(condition, rows)))
         places = torch.cat([rows for rows, _ in sides])
-        return torch.cat(outputs)[places.argsort()]
+        return torch.cat(outputs)[upload(places.argsort(), x_t.device)]
 
 
 def call_experts(denoiser: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:

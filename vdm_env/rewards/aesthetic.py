@@ -14,7 +14,6 @@ Source: christophschuhmann/improved-aesthetic-predictor (V2), LAION-AI/aesthetic
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -165,12 +164,3 @@ def head_from(tensors: dict[str, Any], path: Any) -> AestheticHead:
     head = AestheticHead(first.shape[1], widths) if complete and first is not None else AestheticHead()
     load_strictly(head, {k: v.float() for k, v in tensors.items()}, path)
     return head
-
-
-def l1_to_target(scores: Tensor, target: float | None = 10.0, scale: float = 0.1) -> Tensor:
-    """VADER's loss on aesthetic scores: scale * mean |s - target|, or -scale * mean s without a target."""
-    if target is None:
-        return -scale * scores.mean()
-    if not math.isfinite(target):
-        raise ValueError(f"target must be finite or None, got {target}")
-    return scale * (scores - target).abs().mean()

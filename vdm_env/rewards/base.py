@@ -67,6 +67,12 @@ class FunctionReward:
     def __call__(self, video: Tensor, prompts: list[str]) -> Tensor:
         return self.function(video, prompts)
 
+    @property
+    def devices(self) -> Any:
+        """Accelerators elsewhere that serve the function, see `remote.remote_parts`; AttributeError if it has none."""
+        function: Any = self.function
+        return function.devices
+
     def check_num_frames(self, count: int) -> None:
         """Raises ValueError where a video of that many frames cannot be scored."""
         if count < self.least_frames:

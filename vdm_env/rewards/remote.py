@@ -17,7 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vdm_env.rewards.base import FramePolicy, check_inputs
+from vdm_env.rewards.base import FramePolicy, FunctionReward, check_inputs
+from vdm_env.rewards.chunked import Chunked
 from vdm_env.rewards.wire import (
     CONTENT_TYPE,
     BadAnswer,
@@ -136,11 +137,17 @@ def remote_parts(reward: Any) -> list[Any]:
     """The parts of a reward that are scored elsewhere: those whose attribute `devices` is None or a whole number.
 
     It is the number of the accelerators there; None is an unknown one. Anything else is the reward's own business.
+    Sums, `Chunked` rewards and what `as_reward` made are looked into.
     """
     devices = getattr(reward, "devices", False)
     if devices is None or (isinstance(devices, int) and not isinstance(devices, bool)):
         return [reward]
-    return [part for term in getattr(reward, "terms", ()) for part in remote_parts(getattr(term, "reward", None))]
+    inside = [getattr(term, "reward", None) for term in getattr(reward, "terms", ())]
+    if isinstance(reward, FunctionReward):
+        inside.append(reward.function)
+    if isinstance(reward, Chunked):
+        inside.append(reward.reward)
+    return [part for one in inside for part in remote_parts(one)]
 
 
 def serving_devices(reward: Any) -> int:

@@ -95,13 +95,13 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 300.0  # seconds without a byte after which a client that vanished is let go
 
-    def do_GET(self) -> None:  # noqa: N802 - the name is http.server's
+    def do_GET(self) -> None:  # the name is http.server's
         if self.path == "/health":
             self._answer(200, json.dumps(self.server.health()).encode(), "application/json")
         else:
             self._refuse(404, f"there is no {self.path}; there are GET /health and POST /score")
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         length = self.headers.get("Content-Length", "")
         if self.path != "/score" or not length.isdigit() or int(length) > MAX_REQUEST:
             self.close_connection = True
