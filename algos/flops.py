@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from algos.random_state import get_random_state, set_random_state
 
@@ -39,6 +39,23 @@ decoder"""
 _SEED = 0  # of the video that is measured; operations do not depend on it
 
 
+def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(
+    grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any
+) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)
+
+
+# The counter of older releases of PyTorch knows the attention kernels of GPUs only.
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
 def count_flops(call: Callable[[], Any]) -> int:
     """Floating-point operations of a call, by `torch.utils.flop_counter`."""
     # It warns where a checkpoint runs modules again in the backward pass; the sum over all modules is right.
@@ -46,7 +63,7 @@ def count_flops(call: Callable[[], Any]) -> int:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
             call()
     finally:
         logger.setLevel(level)

@@ -26,7 +26,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     # torch has no class of its own for the CPU's memory, nor for that which cuBLAS and cuDNN take beside it
     text = str(error).lower()
-    signs = ("can't allocate memory", "out of memory", "cublas_status_alloc_failed", "cudnn_status_alloc_failed")
+    signs = ("can't allocate memory", "out of memory", "_status_alloc_failed", "_allocation_failed")
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
 

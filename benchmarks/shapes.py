@@ -37,6 +37,7 @@ LISTED = 2**20
 """Bytes from which a storage is told by what made it, and where."""
 _LOOKS = ("aten._local_scalar_dense.default", "aten.equal.default")
 _ATTENTION = F.scaled_dot_product_attention
+_RMS_NORM = F.rms_norm
 _TOLIST, _TENSOR = Tensor.tolist, torch.tensor
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -166,6 +167,16 @@ def _attended(
     return efficient(query, key, value, attn_mask, logsumexp, dropout_p, is_causal, scale=scale)[0]
 
 
+def _normed(x: Tensor, normalized_shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """`rms_norm` as a card has it, one kernel where types agree: for shapes and on CPUs torch takes it to pieces.
+
+    Layer norm stands in, which moves the same bytes and one number for each row more.
+    """
+    if x.device.type != "meta" or x.numel() <= NUMBERS or (weight is not None and weight.dtype != x.dtype):
+        return _RMS_NORM(x, normalized_shape, weight, eps)
+    return F.layer_norm(x.contiguous(), normalized_shape, weight, None, eps or 1e-6)  # the kernel wants its input dense
+
+
 class Shapes(TorchDispatchMode):
     """Inside, tensors of the meta device are those of a card: see the module."""
 
@@ -182,6 +193,7 @@ class Shapes(TorchDispatchMode):
         # Not by a function mode: those are off inside of what they handle, such as a backward pass.
         self._patches = (
             patch.object(F, "scaled_dot_product_attention", _attended),
+            patch.object(F, "rms_norm", _normed),
             patch.object(Tensor, "tolist", _listed),
             patch.object(torch, "tensor", _made),
         )

@@ -82,7 +82,8 @@ def moved(function: Any, args: Any, kwargs: Any, result: Any) -> int:
     made = sum(map(extent, changed)) if changed else sum(map(extent, outputs))
     if any(pick in name for pick in _PICKS):
         return 2 * made
-    skipped = {id(value) for value in changed} if base.startswith(_FILLS) else set()
+    outs = [kwargs.get(one.name) for one in function._schema.arguments if one.is_out]
+    skipped = {id(value) for value in (changed if base.startswith(_FILLS) else tensors(outs))}
     read = {id(value): extent(value) for value in inputs if id(value) not in skipped}
     return made + sum(read.values())
 

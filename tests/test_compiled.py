@@ -20,9 +20,13 @@ from tests.every_model import NAMES, load
 from tests.models import PROMPTS, TEXT_WIDTH, brightness, tiny_env, tiny_model, tiny_wan
 from tests.weights import redraw
 from vdm_env import make
-from vdm_env.compiled import CompileOptions, as_options, compile_blocks, repeated_blocks
+from vdm_env.compiled import SUPPORTED, CompileOptions, as_options, compile_blocks, repeated_blocks
 from vdm_env.models.base import frozen
 from vdm_env.models.recompute import make_recomputable
+
+compiles = pytest.mark.skipif(
+    not SUPPORTED, reason=f"torch.compile of PyTorch {torch.__version__} has no recompile_limit and isolate_recompiles"
+)
 
 
 def randomised(policy: Any, seed: int = 0) -> Any:
@@ -144,6 +148,7 @@ CALLS: dict[str, Callable[[Any, Any], list[Tensor]]] = {
 }
 
 
+@compiles
 def test_every_use_of_a_policy_gives_the_same_numbers_with_few_graphs() -> None:
     """Backend "eager" runs the traced graphs operation by operation: what differed would be wrong, not rounding."""
     counter = CompileCounterWithBackend("eager")
@@ -157,6 +162,7 @@ def test_every_use_of_a_policy_gives_the_same_numbers_with_few_graphs() -> None:
     assert graphs["a second policy"] <= 8 and graphs["a copy that trains all weights"] <= 10
 
 
+@compiles
 def test_layers_of_a_unet() -> None:
     names = ("rollout", "checkpointed")
     counter = CompileCounterWithBackend("eager")
@@ -170,6 +176,7 @@ def test_layers_of_a_unet() -> None:
     assert graphs["rollout"] < graphs["checkpointed"] <= 3 * graphs["rollout"]
 
 
+@compiles
 def test_gradients_of_compiled_backward_passes() -> None:
     """Backend "aot_eager" makes backward graphs too, with operations taken apart: rounding may differ."""
     counter = CompileCounterWithBackend("aot_eager")
@@ -178,6 +185,7 @@ def test_gradients_of_compiled_backward_passes() -> None:
     assert compare(calls, "flow", counter, rtol=1e-4, atol=1e-5) == [2, 2, 2]
 
 
+@compiles
 def test_a_limit_of_graphs_warns_once_and_goes_on() -> None:
     counter = CompileCounterWithBackend("eager")
     plain, env = tiny_env(), tiny_env(compile={"backend": counter, "recompile_limit": 1})
@@ -199,6 +207,7 @@ def test_a_limit_of_graphs_warns_once_and_goes_on() -> None:
     assert before == (torch._dynamo.config.fail_on_recompile_limit_hit, torch._dynamo.config.recompile_limit)
 
 
+@compiles
 def test_operations_are_still_counted() -> None:
     """`algos.flops` prices a run by what the network's operations cost."""
     counts = []
@@ -214,6 +223,7 @@ def test_operations_are_still_counted() -> None:
     assert len(set(counts)) == 1 and counts[0] > 0
 
 
+@compiles
 def test_only_blocks_of_the_network_are_compiled() -> None:
     env = tiny_env("unet", compile="eager")
     assert env.config.compile == CompileOptions(backend="eager") and tiny_env().config.compile is None
@@ -243,6 +253,7 @@ def one_block() -> Any:
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="inductor needs a C++ compiler")
+@compiles
 def test_inductor_on_a_cpu() -> None:
     options: dict[str, Any] = {"reward": brightness, "prompts": PROMPTS, "num_envs": 2}
     envs = [make(model=one_block(), **options), make(model=one_block(), **options, compile=True)]
@@ -252,6 +263,7 @@ def test_inductor_on_a_cpu() -> None:
     assert any(bool(gradient.any()) for gradient in got)
 
 
+@compiles
 def test_a_machine_that_cannot_compile_says_so() -> None:
     def missing(*_: Any, **__: Any) -> Any:
         raise FileNotFoundError("no compiler here")
@@ -272,6 +284,7 @@ def test_a_machine_that_cannot_compile_says_so() -> None:
         rollout(env, env.make_policy(lora_rank=1))
 
 
+@compiles
 def test_inductor_without_a_compiler() -> None:
     from torch._inductor import config
 
@@ -279,6 +292,12 @@ def test_inductor_without_a_compiler() -> None:
         config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}),
         pytest.raises(ValueError, match=r"backend 'inductor' cannot compile here .*leave compile out"),
     ):
+        tiny_env(compile=True)
+
+
+def test_an_old_pytorch_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vdm_env.compiled.SUPPORTED", False)
+    with pytest.raises(ValueError, match="compile needs torch.compile with recompile_limit .*leave compile out"):
         tiny_env(compile=True)
 
 

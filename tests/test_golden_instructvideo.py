@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from golden import golden, golden_tensors
+from golden import comparable, golden, golden_tensors
 
 from algos.instructvideo import choose_frames, score_frames
 from algos.losses import attenuated_one_minus, temporal_attenuation
@@ -82,4 +82,5 @@ def test_loss_and_gradient(fixture, reward, rate):
     loss = attenuated_one_minus(scores, temporal_attenuation(frames, count, rate))
     torch.testing.assert_close(loss, fixture["loss"], rtol=1e-5, atol=0)
     (gradient,) = torch.autograd.grad(loss, decoded)
-    torch.testing.assert_close(gradient, fixture["grad"], rtol=1e-3, atol=1e-8)
+    where = comparable(decoded)
+    torch.testing.assert_close(gradient[where], fixture["grad"][where], rtol=1e-3, atol=1e-8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden import golden_json, golden_tensors
+from golden import comparable, golden_json, golden_tensors
 from torch import Tensor
 
 from vdm_env.rewards.object_removal import ObjectRemovalReward, YolosDetector, resize_keeping_aspect
@@ -24,7 +24,9 @@ def model(tensors: dict[str, Tensor]) -> torch.nn.Module:
     from transformers import YolosConfig, YolosForObjectDetection
 
     model = YolosForObjectDetection(YolosConfig(**golden_json(NAME, "config.json")))
-    model.load_state_dict({k.removeprefix("yolos."): v.float() for k, v in tensors.items() if k.startswith("yolos.")})
+    state = {k.removeprefix("yolos."): v.float() for k, v in tensors.items() if k.startswith("yolos.")}
+    known = model.state_dict()  # older releases of transformers have the positions one level higher
+    model.load_state_dict({k if k in known else k.replace("interpolation.", ""): v for k, v in state.items()})
     return model.eval().requires_grad_(False)
 
 
@@ -62,7 +64,8 @@ def test_published_form(tensors: dict[str, Tensor], model: torch.nn.Module) -> N
         torch.testing.assert_close(1 - score, tensors[f"{label}.loss"], rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(score, tensors[f"{label}.reward"], rtol=1e-4, atol=0)
         (gradient,) = torch.autograd.grad(1 - score, frames)
-        torch.testing.assert_close(gradient, tensors[f"{label}.grad"], rtol=1e-2, atol=1e-7)
+        where = comparable(frames)
+        torch.testing.assert_close(gradient[where], tensors[f"{label}.grad"][where], rtol=1e-2, atol=1e-7)
         single = reward(_video(tensors["frames"].float()[:1]), [""])[0]
         torch.testing.assert_close(1 - single, tensors[f"{label}.single_frame_loss"], rtol=1e-4, atol=0)
         torch.testing.assert_close(single, tensors[f"{label}.single_frame_reward"], rtol=1e-4, atol=0)

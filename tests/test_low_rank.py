@@ -1,4 +1,4 @@
-"""LoRA in half precision: the numbers of PEFT's layers but for rounding, and fewer copies."""
+"""LoRA in bfloat16: the numbers of PEFT's layers but for rounding, and fewer copies."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ def test_other_precisions_and_adapters_are_peft_s() -> None:
     x = torch.randn(3, 64)
     for network, given in (
         (adapted(torch.float32), x),
+        (adapted(torch.float16), x.half()),  # its small gradients would be zeros
         (adapted(torch.bfloat16, use_dora=True), x.bfloat16()),
         (adapted(torch.bfloat16, lora_bias=True), x.bfloat16()),
     ):

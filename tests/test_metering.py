@@ -19,6 +19,7 @@ import algos
 import vdm_env
 from algos.flops import _MEASURES, PRICES, Flops, count_flops
 from algos.meter import Meter
+from vdm_env.models import fast_path
 
 
 def spent(count, *, train, cpu):
@@ -126,7 +127,7 @@ def test_a_checkpoint_does_what_it_forgot_again():
     assert plain == 4 * one and again in (5 * one, 6 * one)  # the last layer's output is not needed again
 
 
-EXPECTED = {"MovingShapes-HPS": (290_701_312, 371_392_512), "MovingShapesUNet-HPS": (660_709_376, 697_565_184)}
+EXPECTED = {"MovingShapes-HPS": (290_701_312, 370_081_792), "MovingShapesUNet-HPS": (660_709_376, 694_943_744)}
 
 
 @pytest.mark.parametrize("env_id", EXPECTED)
@@ -144,18 +145,21 @@ def test_costs_of_the_embedded_models(env_id, monkeypatch):
     assert (flops.costs["denoiser_forward"], flops.costs["denoiser_backward"]) == EXPECTED[env_id]
     # By hand: the matrix products and convolutions of all layers, and attention, which has no layer of its own.
     by_hand = []
-    attention = nn.functional.scaled_dot_product_attention
 
-    def attend(query, key, value, *given, **options):
-        by_hand.append(2 * 2 * query.numel() * key.shape[-2])
-        return attention(query, key, value, *given, **options)
+    def counted(attention):
+        def attend(query, key, value, *given, **options):
+            by_hand.append(2 * 2 * query.numel() * key.shape[-2])
+            return attention(query, key, value, *given, **options)
+
+        return attend
 
     def layer(module, given, output):
         by_hand.append(2 * module.weight[0].numel() * output.numel())
 
     kinds = (nn.Linear, nn.Conv2d, nn.Conv3d)
     hooks = [m.register_forward_hook(layer) for m in policy._model.denoiser.modules() if isinstance(m, kinds)]
-    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", attend)
+    for place, name in ((nn.functional, "scaled_dot_product_attention"), (fast_path, "short_attention")):
+        monkeypatch.setattr(place, name, counted(getattr(place, name)))
     with torch.no_grad():
         policy.predict(env.mdp.initial_latents(torch.tensor([0])), torch.tensor([500.0]), [0])
     for hook in hooks:

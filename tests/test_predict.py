@@ -177,6 +177,7 @@ def test_what_operations_move() -> None:
         assert size(lambda: x + x) == [("element-wise", 3 * 4096 - 4096, 0)]  # read once, though named twice
         assert size(lambda: x + wide) == [("element-wise", 2 * 4096 + 64, 0)]
         assert size(lambda: x.add_(1)) == [("element-wise", 2 * 4096, 0)]
+        assert size(lambda: torch.add(x, x.float(), out=torch.empty_like(x)))[-1:] == [("element-wise", 4 * 4096, 0)]
         assert size(lambda: x.float()) == [("copies", 3 * 4096, 0)]
         assert size(lambda: x.t().contiguous()) == [("copies", 2 * 4096, 0)]
         assert size(lambda: x[torch.tensor([0, 5], device="meta")])[-1] == ("copies", 2 * 2 * 64, 0)
@@ -184,6 +185,10 @@ def test_what_operations_move() -> None:
         assert size(lambda: functional.conv2d(picture, weight)) == [("convolutions", wanted, 0)]
         assert shapes.operations[0].turned == 2 * wanted - 2 * 2 * 6 * 4  # a 1 x 1 weight lies in both ways
         assert size(lambda: functional.conv2d(odd, weight)) == [("convolutions", wanted, 2 * 2 * 2 * 4 * 64)]
+        rows, gain = torch.zeros(64, 128, device="meta", dtype=torch.bfloat16), torch.zeros(128, device="meta")
+        (normed,) = size(lambda: functional.rms_norm(rows, (128,), gain.bfloat16(), 1e-6))[1:]
+        assert normed == ("norms", 2 * 2 * 64 * 128 + 2 * 128 + 2 * 4 * 64, 0), "a card has a kernel for it"
+        assert len(size(lambda: functional.rms_norm(rows, (128,), gain, 1e-6))) > 4, "not for weights of another type"
         heads = torch.zeros(1, 2, 64, 64, device="meta", dtype=torch.bfloat16)
         (attended,) = size(lambda: functional.scaled_dot_product_attention(heads, heads, heads))
         assert attended[0] == "attention" and shapes.operations[0].flops == 2 * 2 * 2 * 64 * 64 * 64

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vdm_env import check_reward, make
 from vdm_env.rewards import REWARDS, Chunked, RewardContext, select_frames
@@ -110,6 +110,9 @@ def _same_way(given: Tensor, wanted: Tensor) -> float:
 def test_half_precision(name: str, dtype: torch.dtype) -> None:
     """Networks and videos in half precision: scores stay float32 and near; the gradient is finite and points alike."""
     reward, rough = built(name), fresh(name, dtype=dtype)
+    if isinstance(getattr(reward, "network", None), nn.Module):
+        # Drawn in half precision: which numbers a seed gives there depends on the release of PyTorch.
+        rough.network.load_state_dict(reward.network.state_dict())
     video, half = videos().requires_grad_(True), videos(dtype).requires_grad_(True)
     exact, near = reward(video, PROMPTS), rough(half, PROMPTS)
     assert near.dtype == torch.float32 and bool(torch.isfinite(near).all())

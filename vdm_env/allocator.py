@@ -25,7 +25,7 @@ def keep_freed_memory(kept: int = KEPT) -> bool:
     and `make` does not. An environment variable of glibc's allocator wins.
 
     Returns:
-        whether it acts: False with another C library, another allocator's, or where a variable decides.
+        whether it was taken: False with another C library, or where a variable decides.
 
     Raises:
         ValueError: a negative number.

@@ -109,11 +109,13 @@ def _check_episode(driver: Driver, seed: int) -> dict[str, Tensor]:
 def _check_refusals(driver: Driver) -> None:
     obs = driver.reset(seed=5)
     good = _action(obs)
-    for action, what in ((good[..., :-1], "of the wrong shape"), (torch.full_like(good, torch.nan), "full of NaN")):
+    nan, later = torch.full_like(good, torch.nan), driver.num_steps - 1
+    # Numbers on an accelerator may be looked at when the episode ends, shapes at once.
+    for action, what, further in ((good[..., :-1], "of the wrong shape", 0), (nan, "full of NaN", later)):
         driver.reset(seed=5)
         try:
             driver.step(action)
-            for _ in range(driver.num_steps - 1):  # numbers on an accelerator may be looked at when the episode ends
+            for _ in range(further):
                 driver.step(good)
         except (ValueError, TypeError, RuntimeError):
             continue

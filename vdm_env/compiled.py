@@ -51,6 +51,8 @@ BLOCKS: Mapping[str, tuple[str, ...]] = {
 
 _compile: Any = torch.compile
 """Its overloads leave out the limit of graphs."""
+SUPPORTED = {"recompile_limit", "isolate_recompiles"} <= set(inspect.signature(torch.compile).parameters)
+"""Whether this PyTorch can keep the graphs of one kind of block apart from those of others."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,7 +129,7 @@ def compile_blocks(network: nn.Module, options: CompileOptions, device: torch.de
             too old.
     """
     blocks = list(repeated_blocks(network))
-    if not {"recompile_limit", "isolate_recompiles"} <= set(inspect.signature(torch.compile).parameters):
+    if not SUPPORTED:
         raise ValueError(
             "compile needs torch.compile with recompile_limit and isolate_recompiles, which PyTorch "
             f"{torch.__version__} does not have (2.15 does); install a newer one, or leave compile out"

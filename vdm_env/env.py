@@ -201,7 +201,7 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
         Raises:
             TypeError: the action is no float tensor.
             ValueError: wrong shape, NaN or infinity. Numbers on an accelerator are looked at in the last step only,
-                because each look would stall it.
+                because each look would stall it; there the env is finished then, and needs a reset.
             RuntimeError: no reset yet, or an env that is finished.
         """
         if self._latents is None:
@@ -232,7 +232,7 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
         everyone = bool(terminated.all())
         latents = self._latents if everyone else self._latents[rows]
         if self.device.type != "cpu":
-            _check_finite(latents, "an action of this episode had")
+            _check_finite(latents, "an action of this episode had", terminated.nonzero().flatten().tolist())
         if everyone and self._rollout_started is not None:
             self.mdp.counters.rollout_s += self.mdp.clock() - self._rollout_started
             self._rollout_started = None
@@ -374,9 +374,10 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv):
         self._stream = Stream(**state)
 
 
-def _check_finite(values: Tensor, what: str) -> None:
-    """Raises ValueError where one of the values [B,...] is not finite."""
+def _check_finite(values: Tensor, what: str, places: Sequence[int] | None = None) -> None:
+    """Raises ValueError where one of the values [B,...] is not finite; `places` are their envs, if not all."""
     # One reduction instead of a mask: a sum is finite only if all terms are (an overflow would be an error too).
     if not bool(torch.isfinite(values.detach().sum(dtype=torch.float64))):
         rows = (~torch.isfinite(values.detach()).flatten(1).all(1)).nonzero().flatten().tolist()
+        rows = rows if places is None else [places[row] for row in rows]
         raise ValueError(f"{what} NaN or infinity for envs {rows[:8]}; look at the policy's loss and gradients")

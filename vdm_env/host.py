@@ -2,7 +2,10 @@
 
 To read a tensor of an accelerator the host waits until everything before it is computed, and the accelerator is idle
 afterwards until the host has caught up. So what the host knows already goes over without a wait, and is remembered: it
-need not be read back. On the CPU these functions are plain copies.
+need not be read back. On the CPU `upload` and `on_host` return the tensor itself, and `shared` a copy.
+
+Changes in place are noticed, but for those that PyTorch does not count: writes through `.data`, and what a collective
+of torch.distributed receives. Make a new tensor of those (`clone`) before the environment sees it.
 """
 
 from __future__ import annotations

@@ -58,6 +58,9 @@ class Outcome:
 class DenoisingMDP:
     """Model, schedule, prompts and reward as one decision process.
 
+    Its tables (`table`, of the latest reset, and `base_table`) lie on the CPU: index them with
+    `vdm_env.host.on_host(obs["step"])`, or take `table.to(device)`.
+
     Args:
         model: any `VideoModel`.
         reward: what scores the decoded video.

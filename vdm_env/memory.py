@@ -45,13 +45,15 @@ def activations_in_main_memory(network: nn.Module, on: bool = True) -> Iterator[
         if tensor.untyped_storage()._cdata in weights:
             return tensor
         resting = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-        return tensor.device, resting.copy_(tensor, non_blocking=True)  # nothing on the host looks at it
+        # Nothing on the host looks at it; memory that is not pinned may be read before it is filled all the same.
+        return tensor.device, resting.copy_(tensor, non_blocking=resting.is_pinned())
 
     def unpack(packed: Tensor | tuple[torch.device, Tensor]) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
         device, resting = packed
-        return torch.empty_like(resting, device=device, pin_memory=False).copy_(resting, non_blocking=True)
+        back = torch.empty_like(resting, device=device, pin_memory=False)
+        return back.copy_(resting, non_blocking=resting.is_pinned())
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield

@@ -77,7 +77,9 @@ class FrameCodec:
 
     def _decode(self, cells: Tensor) -> Tensor:
         large = cells.shape[-2] * cells.shape[-1] * self._stride**2 >= LARGE_FRAME
-        with layers_recomputed(self.vae.decoder, large and torch.is_grad_enabled()):
+        # The transforms of `torch.func` know no checkpoints.
+        wanted = torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+        with layers_recomputed(self.vae.decoder, large and wanted):
             return self.vae.decode(cells).sample
 
     @property

@@ -18,12 +18,14 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel, TransformerTemporalModelOutput
-from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanTransformerBlock
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
+from vdm_env.models.fast_wan import FastWanTransformerBlock, turns
+from vdm_env.models.fused import turned
 from vdm_env.models.low_rank import LeanLora
 
 LARGE_PRODUCT = 2**21
@@ -83,11 +85,15 @@ class FastLinear(nn.Linear):
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The linear layer x W^T + b, by oneDNN where that is faster."""
     large = x.ndim > 1 and x.numel() * len(weight) >= LARGE_PRODUCT
-    if not (HAS_ONEDNN and large and _is_plain_float32_on_cpu(x, weight)):
+    if not large or not _goes_to_onednn(x, weight):
         return functional.linear(x, weight, bias)
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
-        return functional.linear(x, weight, bias)  # the product has no rule for `torch.func` and for forward mode
     return _OneDnnProduct.apply(x, weight, bias)
+
+
+def _goes_to_onednn(*tensors: Tensor) -> bool:
+    if not HAS_ONEDNN or not _is_plain_float32_on_cpu(*tensors):
+        return False  # and the products have no rules for `torch.func` and for forward mode:
+    return not torch._C._are_functorch_transforms_active() and torch.autograd.forward_ad._current_level < 0
 
 
 def _is_plain_float32_on_cpu(*tensors: Tensor) -> bool:
@@ -97,26 +103,52 @@ def _is_plain_float32_on_cpu(*tensors: Tensor) -> bool:
     return all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
 
 
+class _AdaptedProduct(torch.autograd.Function):
+    """x (W + U D)^T + b by oneDNN. Backwards U and D take thin products, and W + U D is made again, not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, down: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, up, down)
+        return torch.ops.mkldnn._linear_pointwise(x, torch.addmm(weight, up, down), bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,), (x, weight, up, down), wanted = gradients, ctx.saved_tensors, ctx.needs_input_grad
+        rows, inputs = gradient.flatten(0, -2), x.flatten(0, -2)
+        return (
+            _OneDnnProduct.apply(gradient, torch.addmm(weight, up, down).t(), None) if wanted[0] else None,
+            rows.t() @ inputs if wanted[1] else None,
+            rows.sum(0) if wanted[2] else None,
+            rows.t() @ (inputs @ down.t()) if wanted[3] else None,
+            (rows @ up).t() @ inputs if wanted[4] else None,
+        )
+
+
 class FastLora(LeanLora):
     """A large adapted layer on a CPU: x (W + s B A)^T, one product instead of three and two passes over the output.
 
-    Only in float32: in half precision a small s B A would be rounded away when it is added to W.
+    Where there are rows enough that adding the weights costs less than it saves; which way a layer goes depends on
+    shapes alone. Only in float32: in half precision a small s B A would be rounded away when it is added to W. Hooks
+    of the layers inside are not called.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base, names = self.get_base_layer(), [name for name in self.active_adapters if name in self.lora_A]
-        acts = bool(names) and not (self.disable_adapters or self.merged)
-        simple = not (args or kwargs or self.lora_variant or any(self.lora_bias.get(name) for name in names))
-        large = x.ndim > 1 and x.numel() * self.out_features >= LARGE_ADAPTED
-        if not (acts and simple and large and all(isinstance(self.lora_dropout[n], nn.Identity) for n in names)):
+        acts = bool(names) and not (self.disable_adapters or self.merged or args or kwargs)
+        if not (acts and self._is_simple(names) and self._pays(x)):
             return super().forward(x, *args, **kwargs)
-        pairs = [(self.lora_B[name].weight, self.lora_A[name].weight, self.scaling[name]) for name in names]
-        if not _is_plain_float32_on_cpu(x, base.weight, *(matrix for up, down, _ in pairs for matrix in (up, down))):
+        weights = (each[name].weight for name in names for each in (self.lora_A, self.lora_B))
+        if not _goes_to_onednn(x, base.weight, *weights):
             return super().forward(x)
-        weight = base.weight
-        for up, down, scale in pairs:
-            weight = torch.addmm(weight, up, down, alpha=scale)
-        return product(x, weight, base.bias)
+        # One adapter of all that act, side by side: s B A + s' B' A' = (s B, s' B') (A, A')^T.
+        up = torch.cat([self.lora_B[name].weight * self.scaling[name] for name in names], dim=1)
+        down = torch.cat([self.lora_A[name].weight for name in names])
+        return _AdaptedProduct.apply(x, base.weight, base.bias, up, down)
+
+    def _pays(self, x: Tensor) -> bool:
+        large = x.ndim > 1 and x.numel() * self.out_features >= LARGE_ADAPTED
+        wide = self.in_features * self.out_features
+        return large and x.numel() // self.in_features * (self.in_features + self.out_features) >= wide
 
 
 class FastFeedForward(FeedForward):
@@ -141,7 +173,7 @@ def short_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     14 for 2048 x 8 heads of 8 frames. As maximum, exponential and sum it takes 2 ms; the whole attention takes 0.6 of
     the time, and 0.3 where 128 places look at 8 words.
     """
-    at_once = max(1, SCORES_AT_ONCE // (query.shape[1] * query.shape[2] * key.shape[2]))
+    at_once = max(1, SCORES_AT_ONCE // max(1, query.shape[1] * query.shape[2] * key.shape[2]))
     if len(query) > at_once:
         parts = zip(*(part.split(at_once) for part in (query, key, value)), strict=True)
         return torch.cat([short_attention(*part) for part in parts])
@@ -152,25 +184,15 @@ def short_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def _is_short(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    return key.shape[-2] < FEW_KEYS and _is_plain_float32_on_cpu(query, key, value)
+    few = 0 < key.shape[-2] < FEW_KEYS and query.shape[-2] > 0
+    return few and _is_plain_float32_on_cpu(query, key, value)
 
 
 # --------------------------------------------------------------------------------------------------- Wan's attention
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: pairs of neighbours of x [B,L,heads,D] as complex numbers times cos + i sin, [1,L,1,D] each.
-
-    One pass over x instead of eight over halves of it; the same products and sums.
-    """
-    wide = torch.promote_types(torch.promote_types(x.dtype, cos.dtype), torch.float32)  # no complex numbers below
-    angles = torch.complex(cos[..., 0::2].to(wide), sin[..., 1::2].to(wide))
-    turned = torch.view_as_complex(x.to(wide).unflatten(-1, (-1, 2))) * angles
-    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
-
-
 class FastWanAttention(WanAttnProcessor):
-    """Wan's attention with `rotate`, and with `short_attention` to a short text."""
+    """Wan's attention with `turned`, and with `short_attention` to a short text."""
 
     def __call__(
         self,
@@ -192,7 +214,8 @@ class FastWanAttention(WanAttnProcessor):
             )
         )
         if rotary_emb is not None:
-            query, key = rotate(query, *rotary_emb), rotate(key, *rotary_emb)
+            by = turns(*rotary_emb, query.dtype)
+            query, key = turned(query, by), turned(key, by)
         heads_first = [part.transpose(1, 2) for part in (query, key, value)]
         if self._attention_backend is None and _is_short(*heads_first):
             attended = short_attention(*heads_first).transpose(1, 2)
@@ -296,6 +319,7 @@ _FAST: dict[type, type] = {
     LeanLora: FastLora,
     FeedForward: FastFeedForward,
     WanAttnProcessor: FastWanAttention,
+    WanTransformerBlock: FastWanTransformerBlock,
     AttnProcessor2_0: FastAttention,
     Transformer2DModel: FastTransformer2D,
     TransformerTemporalModel: FastTransformerTemporal,
@@ -326,15 +350,22 @@ def fast(network: nn.Module) -> nn.Module:
             f"no fast path for {type(network).__name__}, only for UNet3DConditionModel and WanTransformer3DModel; "
             "use it as it is"
         )
-    for part in _parts(network):
-        part.__class__ = _FAST.get(type(part), type(part))
+    _switch(network)
     return network
 
 
+def _switch(network: nn.Module) -> None:
+    for part in _parts(network):
+        part.__class__ = _FAST.get(type(part), type(part))
+
+
 def keep_fast(network: nn.Module) -> None:
-    """Switches the fast path on in layers that were added since `fast`; nothing in a network without it."""
+    """Switches the fast path on in layers that were added since `fast`; nothing in a network without it.
+
+    A network may hold several that `fast` knows, as `vdm_env.models.wan.WanExperts` does.
+    """
     if any(type(part) in _PLAIN for part in _parts(network)):
-        fast(network)
+        _switch(network)
 
 
 def plain(network: nn.Module) -> nn.Module:

@@ -1,13 +1,16 @@
-"""LoRA layers in the network's own half precision: two small products, and no copy of anything in float32.
+"""LoRA layers in a bfloat16 network's own precision: two small products, and no copy of anything in float32.
 
 PEFT keeps LoRA weights in float32 and takes the layer's input there too: y + s B(A(x)) is then a float32 copy of x for
-each adapted layer, which autograd keeps, and four passes over float32 copies of y. Here A and B are rounded to the
-network's type for the products, as autocast does, while the weights that are trained stay float32:
+each adapted layer, which autograd keeps, and four passes over float32 copies of y. Here A and B are rounded to bfloat16
+for the products, as autocast does, while the weights that are trained stay float32:
 
-    y' = y + s (x A^T) B^T        x, y, A, B in the network's type, sums inside the products in float32
+    y' = y + s (x A^T) B^T        x, y, A, B in bfloat16, sums inside the products in float32
 
 What is kept for the backward pass is x itself, once for all layers that read it, and x A^T. Results differ from PEFT's
 in the rounding of A, B and x A^T; gradients reach A and B in their own type.
+
+float16 stays PEFT's: the gradient that goes back into x A^T is s g B, which for a young adapter is below the smallest
+number of float16, and A would not learn.
 """
 
 from __future__ import annotations
@@ -19,15 +22,14 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn import functional
 
-_HALF = (torch.float16, torch.bfloat16)
-
 
 class LeanLora(LoraLinear):
-    """PEFT's layer, computed as the module says where its input is in half precision and its weights are not."""
+    """PEFT's layer, computed as the module says where its input is in bfloat16."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = [name for name in self.active_adapters if name in self.lora_A]
-        if self.disable_adapters or self.merged or kwargs or x.dtype not in _HALF or not self._is_simple(names):
+        acts = not (self.disable_adapters or self.merged or kwargs) and self._is_simple(names)
+        if not acts or x.dtype != torch.bfloat16 or x.ndim < 2:
             return super().forward(x, *args, **kwargs)
         y = self.base_layer(x, *args)
         if y.dtype != x.dtype:
@@ -40,8 +42,10 @@ class LeanLora(LoraLinear):
 
     def _is_simple(self, names: list[str]) -> bool:
         """Whether these adapters are a product of two matrices each, and nothing else."""
-        return not any(
-            name in self.lora_variant or self.lora_bias[name] or not isinstance(self.lora_dropout[name], nn.Identity)
+        return all(
+            name not in self.lora_variant
+            and not self.lora_bias.get(name)
+            and isinstance(self.lora_dropout[name], nn.Identity)
             for name in names
         )
 

@@ -38,6 +38,8 @@ class _DrawnInFloat32(TorchDispatchMode):
 def seeded(seed: int, device: torch.device | str, dtype: torch.dtype) -> Iterator[None]:
     """Networks made inside are drawn from `seed`, on `device`; the global generators are left as they were.
 
+    In half precision that goes for modules of other threads too: torch's hook is the process's.
+
     Args:
         seed: of all numbers drawn inside.
         device: of what is made inside; "meta" draws nothing.

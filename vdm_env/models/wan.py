@@ -25,6 +25,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from vdm_env.host import on_host, take, upload
 from vdm_env.models.base import Condition, ModelSpec
 from vdm_env.models.dit import call_wan
+from vdm_env.models.fast_path import fast
 from vdm_env.models.parts import (
     TINY_TOKENS,
     PipelineModel,
@@ -238,10 +239,11 @@ def load(
         seed=seed,
     )
     parts, spec = loaded.networks, loaded.spec
+    experts = [fast(parts[name]) for name in transformers]
     schedule_for = noise_schedule(spec.name)
     return PipelineModel(
         spec=spec,
-        denoiser=WanExperts(parts["transformer"], parts["transformer_2"]).eval() if two else parts["transformer"],
+        denoiser=WanExperts(*experts).eval() if two else experts[0],
         schedule=schedule_for(spec.num_frames, spec.height, spec.width),
         schedule_for=schedule_for,
         codec=video_codec(parts["vae"], causal_latents(spec.temporal_stride)),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -128,6 +129,24 @@ class ActionReward:
         return log_probability if self.score == "log_probability" else log_probability.exp()
 
 
+def load_videomae(folder: Path, **config_changes: Any) -> Any:
+    """A transformers `VideoMAEForVideoClassification` in float32, see `load_transformers`.
+
+    VideoMAE's keys have no bias, and files name the other two `q_bias` and `v_bias`. Not every release of transformers
+    translates these names, and some have a bias of the keys, which is zero and stays it.
+    """
+    from transformers import VideoMAEForVideoClassification
+
+    attention = r"attention\.attention\."
+    renamed = {
+        attention + "q_bias": "attention.attention.query.bias",
+        attention + "v_bias": "attention.attention.value.bias",
+    }
+    return load_transformers(
+        VideoMAEForVideoClassification, folder, renamed=renamed, fresh=".attention.key.bias", **config_changes
+    )
+
+
 def build_action(context: RewardContext) -> ActionReward:
     """VideoMAE-base fine-tuned on Kinetics-400 (hub MCG-NJU/videomae-base-finetuned-kinetics), or MovingShapes' own.
 
@@ -138,7 +157,7 @@ def build_action(context: RewardContext) -> ActionReward:
 
     if context.world is not None and context.weights == "pretrained":
         folder = world_folder(context, "Action", "rewards", "action")
-        return ActionReward(frozen(load_transformers(VideoMAEForVideoClassification, folder).float(), context))
+        return ActionReward(frozen(load_videomae(folder), context))
     changes: dict[str, Any] = {}
     if context.num_frames is not None:
         if context.num_frames < 2:
@@ -147,8 +166,7 @@ def build_action(context: RewardContext) -> ActionReward:
     if context.weights == "pretrained":
         repository = "MCG-NJU/videomae-base-finetuned-kinetics"
         path = find_files(context, "Action", repository, ["config.json", "model.safetensors"])[0]
-        model = load_transformers(VideoMAEForVideoClassification, path.parent, **changes)
-        return ActionReward(frozen(model.float(), context), phrases=KINETICS_PHRASES)
+        return ActionReward(frozen(load_videomae(path.parent, **changes), context), phrases=KINETICS_PHRASES)
     warn_random("Action")
     classes = list(dict.fromkeys(KINETICS_PHRASES.values()))
     if context.world is not None:

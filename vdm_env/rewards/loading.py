@@ -7,7 +7,7 @@ Nothing is unpickled with code execution.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -271,10 +271,19 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_transformers(model_class: Any, folder: Path, **config_changes: Any) -> Any:
+def load_transformers(
+    model_class: Any, folder: Path, *, renamed: Mapping[str, str] | None = None, fresh: str = "", **config_changes: Any
+) -> Any:
     """A transformers model, float32, from a folder with config.json and model.safetensors (or pytorch_model.bin).
 
     Strict: names and shapes must all fit, after transformers' own translation of older names.
+
+    Args:
+        model_class: of transformers.
+        folder: with the files.
+        renamed: {pattern: name}, a translation that some releases of transformers lack.
+        fresh: ending of names that a file may leave out: they stay as transformers initialises them.
+        config_changes: fields of the configuration that are not as stored.
 
     Raises:
         MissingWeightsError: a file is not there.
@@ -298,7 +307,10 @@ def load_transformers(model_class: Any, folder: Path, **config_changes: Any) -> 
             local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            key_mapping=None if renamed is None else dict(renamed),
         )
+    if fresh:
+        info["missing_keys"] = {name for name in info["missing_keys"] if not str(name).endswith(fresh)}
     wrong = {
         k: sorted(map(str, info[k]))[:4] for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[k]
     }

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import CLIPModel, VideoMAEForVideoClassification
+from transformers import CLIPModel
 
-from vdm_env.rewards.action import ActionReward
+from vdm_env.rewards.action import ActionReward, load_videomae
 from vdm_env.rewards.aesthetic import AestheticReward, head_from
 from vdm_env.rewards.clip import TransformersClipBackbone, frame_features, hps
 from vdm_env.rewards.clip_loading import world_tokenizer
@@ -108,7 +108,7 @@ def clip_metrics(base: Path, out: Path, codec: Codec, seed: int = 1000) -> dict[
 def action_metrics(base: Path, out: Path, codec: Codec, seed: int = 2000) -> dict[str, float]:
     """Accuracy of the direction in [0,1] (clean, decoded, adversarial, degraded) and a climbing test."""
     draw = Random(seed)
-    model = load_transformers(VideoMAEForVideoClassification, out / "rewards" / "action").float().eval()
+    model = load_videomae(out / "rewards" / "action").eval()
     reward = ActionReward(model.requires_grad_(False), score="log_probability")
     labels = random_labels(_NUM, draw.generator)
     video = render(sample_scenes(labels, draw.generator))
