@@ -1,8 +1,8 @@
-"""Memory that is freed stays with the process: giving it back costs a CPU a fifth of its time.
+"""Memory that is freed stays with the process: giving it back costs a CPU a tenth to a sixth of its time.
 
 glibc returns a large block, or the end of its heap, to the operating system when it is freed, and the next tensor has
 to fetch it again: every page anew and filled with zeros. Networks free and allocate the same few megabytes thousands
-of times a second. `python -m benchmarks.allocator` measures what keeping them gains.
+of times a second. `benchmarks.throughput` keeps it, and with `--plain` does not.
 """
 
 from __future__ import annotations
