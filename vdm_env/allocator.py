@@ -1,4 +1,4 @@
-"""Memory that is freed stays with the process: giving it back costs a CPU a tenth to a sixth of its time.
+"""Memory that is freed stays with the process: giving it back costs a CPU time at every large tensor.
 
 glibc returns a large block, or the end of its heap, to the operating system when it is freed, and the next tensor has
 to fetch it again: every page anew and filled with zeros. Networks free and allocate the same few megabytes thousands
