@@ -369,7 +369,7 @@ def keep_fast(network: nn.Module) -> None:
 
 
 def plain(network: nn.Module) -> nn.Module:
-    """Takes `fast` back, in place: every layer is diffusers' again, adapters as `lean` left them. Returns the network."""
+    """Takes `fast` back, in place: layers are diffusers' again, adapters as `lean` left them. Returns the network."""
     for part in _parts(network):
         part.__class__ = _PLAIN.get(type(part), type(part))
     return network
